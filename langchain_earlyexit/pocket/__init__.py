@@ -1,0 +1,1 @@
+"""The pocket reasoner: a tiny reasoning model, its data, recipe, weights and card."""
