@@ -1,1 +1,10 @@
-"""The pocket reasoner: a tiny reasoning model, its data, recipe, weights and card."""
+"""The pocket reasoner: a tiny reasoning model, its data, its training recipe and its bundled weights."""
+
+from pathlib import Path
+
+__all__ = ["weights_dir"]
+
+
+def weights_dir() -> Path:
+    """Directory with the bundled model and tokenizer, in the form `from_pretrained` reads."""
+    return Path(__file__).parent / "weights"

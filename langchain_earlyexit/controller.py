@@ -1,0 +1,398 @@
+"""The control loop of one request: think, look, decide, close, answer. A generator without I/O, threads or clock.
+
+The loop follows one token: sampled on the trunk, it is read by the finder of the end of thinking and by the cue
+matcher; from the start of a possible cue on, it is held back until that is decided. At a cue, the signals that the
+policy needs are measured, each on a branch of its own, and the policy decides on the trace so far. What has been
+streamed is never unsaid; looking never changes what the trunk thinks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_earlyexit.answers import AnswerForm
+from langchain_earlyexit.codec import Codec, Pieces
+from langchain_earlyexit.cues import CueMatcher, CueSpec, Hit
+from langchain_earlyexit.engines.program import (
+    TRUNK,
+    Answer,
+    Checked,
+    Close,
+    Closed,
+    Done,
+    Event,
+    Feed,
+    Inbox,
+    Op,
+    Open,
+    Program,
+    Rewind,
+    Sample,
+    Step,
+    Thought,
+)
+from langchain_earlyexit.policies import Policy, needs_at, wanted_kinds
+from langchain_earlyexit.sampling import GREEDY, Sampling, Token
+from langchain_earlyexit.signals import MEASURED, Trial, trial_answer
+from langchain_earlyexit.strain import EndOfThinking, Strainer, TagFound, Trimmer
+from langchain_earlyexit.trace import Check, Trace
+
+POLICY_REASONS = frozenset({"confident", "degenerate", "converged", "sufficient", "margin", "unpromising"})
+
+_BLANK_TOKENS = 32
+"""Tokens without visible text that an answer may begin with."""
+
+_BLANK_TRIES = 64
+"""How often a token is drawn again that would leave the answer empty."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that one request needs, resolved: nothing in it is optional, nothing is looked up later.
+
+    Attributes:
+        prompt: token ids, up to where the model goes on.
+        codec: ids to text and back.
+        thinking: whether the prompt ends inside thinking.
+        tags: start and end tag of thinking, or None for a model without.
+        policy, cues, form: when to look, what to measure, how to close.
+        message: text fed before the end tag when a budget ends the thinking.
+        budget: exact cap on thinking tokens, or None. The sampled end tag is one of them.
+        limit: cap on thinking + forced + answer tokens, or None; the context window is part of it.
+        reserve: tokens of `limit` kept for the answer.
+        sampling, seed, stop: how the trunk is sampled, and strings that end the answer (never the thinking).
+        look: "parallel" (the trunk thinks on while a trial runs) or "wait".
+        shadow: decide, but never exit.
+        reuse: a complete trial answer becomes the final answer.
+    """
+
+    prompt: tuple[int, ...]
+    codec: Codec
+    thinking: bool
+    tags: tuple[str, str] | None
+    policy: Policy
+    cues: CueSpec
+    form: AnswerForm
+    message: str = ""
+    budget: int | None = None
+    limit: int | None = None
+    reserve: int = 256
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    look: str = "parallel"
+    shadow: bool = False
+    reuse: bool = False
+
+    @property
+    def closing(self) -> tuple[int, ...]:
+        """Ids that end the thinking and induce an answer."""
+        return () if self.tags is None else self.codec.encode(self.tags[1] + self.form.inducer)
+
+    @property
+    def budget_closing(self) -> tuple[int, ...]:
+        """As `closing`, with the message that explains the cut to the model."""
+        return () if self.tags is None else self.codec.encode(self.message + self.tags[1] + self.form.inducer)
+
+    def __post_init__(self) -> None:
+        unmeasured = self.policy.needs - MEASURED
+        if unmeasured:
+            raise ValueError(
+                f"{self.policy!r} needs the signals {sorted(unmeasured)}, but this version measures {sorted(MEASURED)}"
+            )
+        least = (len(self.budget_closing) if self.thinking else 0) + 1
+        if self.limit is not None and self.limit < least:
+            raise ValueError(
+                f"{self.limit} tokens are left for this call, but closing the thinking and one token of answer take "
+                f"{least}; raise max_tokens, shorten the prompt, or set thinking_budget=0"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How thinking ended. `open`: the trunk must still be closed by force; `rest`: text that came with the end tag."""
+
+    reason: str
+    open: bool
+    score: float | None = None
+    trial: Trial | None = None
+    rest: str = ""
+
+
+def program(request: Request) -> Program:
+    """The control loop as a program for an engine."""
+    return _Run(request).run()
+
+
+class _Run:
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        codec = request.codec
+        self.closing = request.closing
+        self.budget_closing = request.budget_closing
+        self.kinds = wanted_kinds(request.policy, request.cues.primary, request.cues.offered)
+        self.matcher = CueMatcher(request.cues, self.kinds)
+        self.finder = EndOfThinking(codec, None if request.tags is None else request.tags[1])
+        self.pieces = Pieces(codec)
+        self.thoughts: list[str] = []  # text of each thinking token, in order
+        self.told = 0  # how many of them have been streamed
+        self.trimmer = Trimmer()
+        self.ahead: deque[Token] = deque()  # trunk tokens sampled beside a trial, not yet read
+        self.events: list[Event] = []
+        self.ops: list[Op] = []
+        self.answer_now = False
+        self.checks: list[Check] = []
+        self.trial_tokens: list[int] = []
+        self.would_exit: int | None = None
+        self.forced = self.answered = self.trials = self.speculated = 0
+        self.branches = 0
+        self.finish = "stop"
+        limits = [] if request.budget is None else [request.budget]
+        self.room: int | None = None
+        if request.limit is not None:
+            self.room = max(0, request.limit - len(self.budget_closing) - request.reserve)
+            limits.append(self.room)
+        self.most = min(limits, default=None)
+
+    # --- talking to the engine ------------------------------------------------------------------------------------
+
+    def step(self, *ops: Op) -> Generator[Step, Inbox, tuple[Any, ...]]:
+        """Carry out what has been queued, then `ops`; the results of `ops`."""
+        queued = self.ops
+        step = Step((*queued, *ops), tuple(self.events))
+        self.ops, self.events = [], []
+        inbox = yield step
+        self.answer_now = self.answer_now or inbox.answer_now
+        return inbox.results[len(queued) :]
+
+    def sample(self, forbid: frozenset[int] = frozenset()) -> Generator[Step, Inbox, Token]:
+        results = yield from self.step(Sample(TRUNK, self.request.sampling, forbid))
+        token: Token = results[0]
+        return token
+
+    # --- the walk ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Program:
+        request = self.request
+        self.ops.append(Open(TRUNK, request.prompt, request.seed))
+        ending = (yield from self.think()) if request.thinking else _Ending("no_thinking", open=False)
+        exited = ending.reason in POLICY_REASONS or ending.reason in {"budget", "answer_now"}
+        thinking = len(self.thoughts)
+        self.events.append(Closed(ending.reason, exited))
+        if ending.reason == "length":
+            self.finish = "length"
+        yield from self.answer(ending)
+        trace = Trace(
+            tuple(self.checks),
+            thinking_tokens=thinking,
+            answer_tokens=self.answered,
+            forced_tokens=self.forced,
+            trial_tokens=tuple(self.trial_tokens),
+            seed=request.seed,
+        )
+        self.events.append(
+            Done(
+                trace=trace,
+                exited=exited,
+                reason=ending.reason,
+                score=ending.score,
+                prompt_tokens=len(request.prompt),
+                thinking_tokens=thinking,
+                forced_tokens=self.forced,
+                answer_tokens=self.answered,
+                trial_tokens=self.trials,
+                speculated_tokens=self.speculated,
+                finish_reason=self.finish,
+                seed=request.seed,
+                would_exit=self.would_exit,
+            )
+        )
+        yield from self.step(Close(TRUNK))
+
+    def think(self) -> Generator[Step, Inbox, _Ending]:
+        codec = self.request.codec
+        while True:
+            kept = len(self.thoughts)
+            if self.answer_now:
+                return self.cut("answer_now", kept)
+            if self.most is not None and kept >= self.most:
+                budget = self.request.budget
+                return self.cut("budget" if budget is not None and kept >= budget else "length", kept)
+            token = self.ahead.popleft() if self.ahead else (yield from self.sample())
+            if token.id in codec.eos:
+                # The model ended its turn inside its thinking. The end of turn is dropped, and it is asked to answer.
+                self.speculated += 1
+                return self.cut("natural", kept, read=kept + 1)
+            piece = self.pieces.push(token.id)
+            self.thoughts.append("" if token.id in codec.special else piece)
+            end = self.finder.push(token.id, piece)
+            if end is not None:
+                return self.natural(end)
+            hit = self.matcher.push(token.id, piece)
+            if hit is not None:
+                ending = yield from self.look(hit)
+                if ending is not None:
+                    return ending
+            self.tell(len(self.thoughts) - max(self.matcher.held, self.finder.held))
+
+    def natural(self, found: TagFound) -> _Ending:
+        """The model closed its thinking itself: the tag's tokens are thinking tokens without text."""
+        self.matcher.end()
+        self.thoughts[len(self.thoughts) - found.tokens :] = [found.lead] + [""] * (found.tokens - 1)
+        self.tell(len(self.thoughts))
+        return _Ending("natural", open=False, rest=found.rest)
+
+    def tell(self, upto: int) -> None:
+        if upto > self.told:
+            text = self.trimmer.push("".join(self.thoughts[self.told : upto]))
+            self.told = upto
+            if text:
+                self.events.append(Thought(text))
+
+    def cut(
+        self,
+        reason: str,
+        position: int,
+        *,
+        read: int | None = None,
+        score: float | None = None,
+        trial: Trial | None = None,
+    ) -> _Ending:
+        """End the thinking after its first `position` tokens; `read` counts the trunk tokens taken from the engine."""
+        self.matcher.end()
+        sampled = (len(self.thoughts) if read is None else read) + len(self.ahead)
+        position = min(position, len(self.thoughts) - self.finder.held)  # never in the middle of an end tag
+        self.speculated += len(self.thoughts) - position + len(self.ahead)
+        self.ahead.clear()
+        if sampled > position:
+            self.ops.append(Rewind(TRUNK, len(self.request.prompt) + position))
+        del self.thoughts[position:]
+        self.tell(position)
+        return _Ending(reason, open=True, score=score, trial=trial)
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def look(self, hit: Hit) -> Generator[Step, Inbox, _Ending | None]:
+        request = self.request
+        signals: dict[str, float] = {}
+        trial: Trial | None = None
+        if "trial_confidence" in needs_at(request.policy, hit.kind):
+            trial = yield from self.try_answer(hit.position)
+            signals["trial_confidence"] = trial.answer.confidence
+        check = Check(hit.position, hit.cue, signals, hit.kind, None if trial is None else trial.answer.answer)
+        self.checks.append(check)
+        self.trial_tokens.append(0 if trial is None else trial.tokens)
+        decision = request.policy.decide(Trace(tuple(self.checks)))
+        leaves = decision.exit and not request.shadow
+        self.events.append(Checked(check, decision, leaves))
+        if decision.exit and self.would_exit is None:
+            self.would_exit = len(self.checks) - 1
+        if not leaves:
+            return None
+        return self.cut(decision.reason, hit.position, score=decision.score, trial=trial)
+
+    def try_answer(self, position: int) -> Generator[Step, Inbox, Trial]:
+        request = self.request
+        self.branches += 1
+        ends = request.codec.eos | self.finder.ids
+        asking = trial_answer(
+            self.branches,
+            len(request.prompt) + position,
+            self.closing,
+            request.form,
+            request.codec,
+            ends,
+            self.beside,
+        )
+        ops = next(asking)
+        while True:
+            results = yield from self.step(*ops)
+            if isinstance(ops[-1], Sample) and ops[-1].branch == TRUNK:
+                self.ahead.append(results[-1])
+            try:
+                ops = asking.send(results)
+            except StopIteration as stop:
+                trial: Trial = stop.value
+                self.trials += trial.tokens
+                return trial
+
+    def beside(self) -> Sample | None:
+        """The trunk's next sample, to share a pass with a trial: unless it waits, or has come to where it must stop."""
+        request = self.request
+        if request.look == "wait":
+            return None
+        if self.ahead and self.ahead[-1].id in (request.codec.eos | self.finder.ids):
+            return None
+        if self.most is not None and len(self.thoughts) + len(self.ahead) >= self.most:
+            return None
+        return Sample(TRUNK, request.sampling)
+
+    # --- answering --------------------------------------------------------------------------------------------------
+
+    def answer(self, ending: _Ending) -> Generator[Step, Inbox, None]:
+        request = self.request
+        strainer = Strainer(request.stop, request.tags or (), request.form.inducer if ending.open else "")
+        self.say(strainer.forced())
+        if ending.open:
+            if request.reuse and ending.trial is not None and ending.trial.answer.complete:
+                self.reuse(ending.trial, strainer)
+                return
+            closing = self.budget_closing if ending.reason in {"budget", "length"} else self.closing
+            self.ops.append(Feed(TRUNK, closing))
+            self.forced = len(closing)
+        self.say(strainer.push(ending.rest))
+        yield from self.speak(strainer)
+
+    def reuse(self, trial: Trial, strainer: Strainer) -> None:
+        """The trial becomes the answer: its tokens are counted as what they now are."""
+        self.trials -= trial.tokens
+        self.trial_tokens[-1] = 0
+        self.forced, self.answered = trial.closing, trial.sampled
+        self.say(strainer.push(trial.answer.text))
+        self.say(strainer.finish())
+
+    def speak(self, strainer: Strainer) -> Generator[Step, Inbox, None]:
+        codec = self.request.codec
+        start = len(self.request.prompt) + len(self.thoughts) + self.forced
+        most = None if self.request.limit is None else self.request.limit - len(self.thoughts) - self.forced
+        tags = frozenset(i for i in map(codec.single, self.request.tags or ()) if i is not None)
+        pieces = Pieces(codec)
+        while True:
+            # Until something can be read, the turn may not end: an answer is never empty.
+            forbid = tags if strainer.spoken else tags | codec.eos
+            token = yield from self.sample(forbid)
+            self.answered += 1
+            if token.id in codec.eos:
+                break
+            piece = "" if token.id in codec.special else pieces.push(token.id)
+            last = most is not None and self.answered >= most
+            if (last or self.answered >= _BLANK_TOKENS) and not (strainer.spoken or piece.strip()):
+                piece = yield from self.insist(forbid | {token.id}, start + self.answered - 1)
+                pieces = Pieces(codec)
+            self.say(strainer.push(piece))
+            if strainer.stopped:
+                break
+            if last:
+                self.finish = "length"
+                break
+        self.say(strainer.finish())
+
+    def insist(self, forbid: frozenset[int], length: int) -> Generator[Step, Inbox, str]:
+        """An answer is about to stay blank: draw its last token again until it can be read."""
+        codec = self.request.codec
+        for _ in range(_BLANK_TRIES):
+            self.speculated += 1
+            self.ops.append(Rewind(TRUNK, length))
+            token = yield from self.sample(forbid)
+            piece = "" if token.id in codec.special else Pieces(codec).push(token.id)
+            if piece.strip():
+                return piece
+            forbid |= {token.id}
+        raise RuntimeError(f"none of the model's {_BLANK_TRIES} likeliest tokens can be read; are its weights trained?")
+
+    def say(self, text: str) -> None:
+        if text:
+            self.events.append(Answer(text))

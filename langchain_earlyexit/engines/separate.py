@@ -1,0 +1,91 @@
+"""One cache and one forward pass per branch: the plain way, right for every causal LM that `transformers` runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from langchain_earlyexit.engines.scheduler import Row
+from langchain_earlyexit.engines.taps import States, Taps, forget, read
+
+
+class _Branch:
+    __slots__ = ("cache", "ids", "states")
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+        self.ids: list[int] = []
+        self.states: States = {}
+
+    def cut(self, length: int) -> None:
+        """Keep `length` tokens. Where the cache cannot be cut, it is dropped, and the ids are fed again."""
+        removed = len(self.ids) - length
+        del self.ids[length:]
+        forget(self.states, from_=length)
+        if not removed or self.cache is None:
+            return
+        # A recurrent layer cannot be cut back, and `crop` on one fails without an error: `is_croppable` must be asked.
+        if length and getattr(self.cache, "is_croppable", False):
+            try:
+                self.cache.crop(-removed)
+                return
+            except RuntimeError:  # a sliding window that has already dropped what the cut would need
+                pass
+        self.cache = None
+
+
+class SeparateModel:
+    """A `scheduler.Model` that packs nothing: for models whose layers keep a state that rows cannot share.
+
+    Args:
+        model: the causal LM, in eval mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model: Any = model
+        self._device = model.device
+        self._taps = Taps(model)
+
+    def new(self) -> _Branch:
+        return _Branch()
+
+    def fork(self, cache: _Branch, length: int) -> _Branch:
+        child = _Branch()
+        child.ids, child.states = cache.ids[:], dict(cache.states)
+        child.cache = copy.deepcopy(cache.cache)  # exact for every kind of cache
+        child.cut(length)
+        return child
+
+    def rewind(self, cache: _Branch, length: int) -> None:
+        cache.cut(length)
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+        return [self._forward(row) for row in rows]
+
+    def _forward(self, row: Row) -> NDArray[np.float32]:
+        branch: _Branch = row.cache
+        ids = [*branch.ids, *row.ids] if branch.cache is None else list(row.ids)
+        with self._taps.watch(row.layers) as seen:
+            out = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                past_key_values=branch.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        branch.cache = out.past_key_values
+        branch.ids.extend(row.ids)
+        self._taps.keep(branch.states, row.layers, seen, len(ids), len(branch.ids))
+        logits: NDArray[np.float32] = out.logits[0, -1].float().cpu().numpy()
+        return logits
+
+    def hidden(self, cache: _Branch, position: int) -> NDArray[np.float32]:
+        return read(cache.states, position)
+
+    def close(self) -> None:
+        self._model = None

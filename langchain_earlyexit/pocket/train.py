@@ -1,0 +1,389 @@
+"""Trains the pocket reasoner from nothing on a CPU: `python -m langchain_earlyexit.pocket.train --out runs/pocket`.
+
+Data-parallel over single-thread processes, resumable, with fixed seeds. With `--minutes` the learning rate follows the
+clock as well as the token count, whichever is further, so that a run on a busy machine still ends on a settled model.
+"""
+
+# ruff: noqa: S311
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch.nn import functional
+from tqdm import tqdm
+
+from langchain_earlyexit.pocket import tokenizer as pocket_tokenizer
+from langchain_earlyexit.pocket.evaluate import quick_scores
+from langchain_earlyexit.pocket.forward import Weights, generate, hidden_states, logits
+from langchain_earlyexit.pocket.problems import Problem, draw, sample
+from langchain_earlyexit.pocket.traces import (
+    MAX_CHECKS,
+    MODES,
+    WARMUP_MAX_CHECKS,
+    WARMUP_MODES,
+    WARMUP_SHARES,
+    Guesser,
+    Text,
+    draw_text,
+    opening,
+    prompt,
+    synthetic_guesser,
+)
+
+CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a run."""
+
+    tokens: int = 30_000_000
+    minutes: float | None = None
+    processes: int = 2
+    seed: int = 0
+    hidden_size: int = 192
+    layers: int = 4
+    heads: int = 4
+    head_dim: int = 64
+    feed_forward: int = 512
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.02
+    warmup_steps: int = 60
+    padded_tokens_per_step: int = 3600
+    early_share: float = 0.15
+    refresh_at: tuple[float, ...] = (0.15, 0.25, 0.4, 0.55, 0.7, 0.85)
+    refresh_problems: int = 2500
+    checkpoint_minutes: float = 4.0
+    check_problems: int = 160
+
+
+def new_model(recipe: Recipe, vocabulary: int) -> Any:
+    """A freshly initialised Qwen3 of the recipe's size."""
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.feed_forward,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=pocket_tokenizer.IM_END,
+        pad_token_id=pocket_tokenizer.PAD,
+        attn_implementation="eager",
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.95,
+        use_cache=True,
+        eos_token_id=pocket_tokenizer.IM_END,
+        pad_token_id=pocket_tokenizer.PAD,
+    )
+    return model
+
+
+def encode_text(tokenizer: Any, text: Text) -> tuple[list[int], list[bool]]:
+    """Token ids of a training text, and for each whether it carries loss."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    prompt_length = 0
+    for pieces in (text.segments, text.tail):
+        encoding = tokenizer.encode("".join(piece.text for piece in pieces))
+        carries = [piece.loss for piece in pieces for _ in piece.text]
+        part = list(encoding.ids)
+        part_mask = [all(carries[start:end]) for start, end in encoding.offsets]
+        if pieces is text.segments and text.cut_share is not None:
+            prompt_length = len(tokenizer.encode(text.segments[0].text).ids) + 2
+            keep = prompt_length + round(text.cut_share * (len(part) - prompt_length))
+            part, part_mask = part[:keep], part_mask[:keep]
+        ids += part
+        mask += part_mask
+    return ids, mask
+
+
+Batch = list[tuple[list[int], list[bool]]]
+
+
+def batches(tokenizer: Any, rng: random.Random, guesser: Guesser, early: bool, padded_tokens: int) -> list[Batch]:
+    """One chunk of random texts in batches of similar length, in random order."""
+    modes = WARMUP_MODES if early else MODES
+    shares = WARMUP_SHARES if early else None
+    checks = WARMUP_MAX_CHECKS if early else MAX_CHECKS
+    texts = [encode_text(tokenizer, draw_text(rng, guesser, modes, shares, checks)) for _ in range(512)]
+    texts = sorted((text for text in texts if len(text[0]) <= padded_tokens), key=lambda text: len(text[0]))
+    groups: list[Batch] = [[]]
+    for text in texts:
+        if (len(groups[-1]) + 1) * len(text[0]) > padded_tokens:
+            groups.append([])
+        groups[-1].append(text)
+    rng.shuffle(groups)
+    return groups
+
+
+def summed_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int, int]:
+    """Summed cross-entropy of a batch, the number of tokens that carry it, and the number of all tokens."""
+    longest = max(len(ids) for ids, _ in batch)
+    ids = torch.full((len(batch), longest), pocket_tokenizer.PAD)
+    mask = torch.zeros((len(batch), longest), dtype=torch.bool)
+    for row, (text_ids, text_mask) in enumerate(batch):
+        ids[row, : len(text_ids)] = torch.tensor(text_ids)
+        mask[row, : len(text_ids)] = torch.tensor(text_mask)
+    targets = mask[:, 1:]
+    weights = Weights.of(model, torch.bfloat16)
+    hidden = hidden_states(weights, ids[:, :-1])[targets]
+    loss = functional.cross_entropy(logits(weights, hidden), ids[:, 1:][targets], reduction="sum")
+    return loss, int(targets.sum()), sum(len(text_ids) for text_ids, _ in batch)
+
+
+class OwnGuesses:
+    """First guesses sampled from the model in training, on training problems."""
+
+    def __init__(self, model: Any, tokenizer: Any, problems: int, rng: random.Random) -> None:
+        drawn = [draw("train", rng) for _ in range(problems)]
+        openings = [opening(problem, rng) for problem in drawn]
+        prompts = [
+            tokenizer.encode(prompt([("user", problem.question)]) + start).ids
+            for problem, start in zip(drawn, openings, strict=True)
+        ]
+        stop = tokenizer.token_to_id(".")
+        written, _ = generate(model, prompts, 7, 0.8, stop=(stop,), batch_size=250, dtype=torch.bfloat16)
+        guesses = [tokenizer.decode(ids).rstrip(".") for ids in written]
+        self.pool = [
+            (problem, start, guess)
+            for problem, start, guess in zip(drawn, openings, guesses, strict=True)
+            if guess.isdecimal() and guess.isascii()
+        ]
+        self.right = sum(problem.answer == guess for problem, _, guess in self.pool) / max(1, len(self.pool))
+
+    def __call__(self, rng: random.Random) -> tuple[Problem, str, str]:
+        """A problem, an opening and the model's guess."""
+        return rng.choice(self.pool)
+
+
+class Optimizers:
+    """Muon for the matrices, AdamW for the embedding and the norms."""
+
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+        rate, decay = recipe.learning_rate, recipe.weight_decay
+        self.parts: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        )
+        self.rate = rate
+        self.clipped = others
+
+    def step(self, factor: float) -> None:
+        """One update at the given share of the learning rate."""
+        torch.nn.utils.clip_grad_norm_(self.clipped, 1.0)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.rate * factor
+            part.step()
+            part.zero_grad()
+
+
+def _reduce(model: Any, numbers: list[float]) -> list[float]:
+    """Sums gradients over the processes, and with them a few numbers, in one message."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters] + [torch.tensor(numbers)])
+    dist.all_reduce(flat)
+    totals = [float(value) for value in flat[-len(numbers) :]]
+    scale = 1.0 / max(1.0, totals[1])
+    offset = 0
+    for parameter in parameters:
+        size = parameter.numel()
+        parameter.grad.copy_(flat[offset : offset + size].view_as(parameter.grad)).mul_(scale)
+        offset += size
+    return totals
+
+
+def _gather_scores(scores: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(scores))
+    names = sorted({name for part in gathered for name in part})
+    totals: dict[str, float] = {}
+    for name in names:
+        parts = [part[name] for part in gathered if name in part]
+        totals[name] = round(sum(total for total, _ in parts) / max(1, sum(n for _, n in parts)), 3)
+    return totals
+
+
+def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None:
+    torch.set_num_threads(1)
+    directory = Path(out)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory.resolve()}/rendezvous", rank=rank, world_size=recipe.processes
+    )
+    torch.manual_seed(recipe.seed)
+    vocabulary = directory / "tokenizer.json"
+    if rank == 0 and not vocabulary.exists():
+        pocket_tokenizer.build().save(str(vocabulary))
+    dist.barrier()
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    model = new_model(recipe, tokenizer.get_vocab_size())
+    if warm_start:
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(f"{warm_start}/model.safetensors"), strict=False)
+    optimizers = Optimizers(model, recipe)
+    step, tokens, seconds = 0, 0.0, 0.0
+    checkpoint = directory / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for part, saved in zip(optimizers.parts, state["optimizers"], strict=True):
+            part.load_state_dict(saved)
+        step, tokens, seconds = state["step"], state["tokens"], state["seconds"]
+    began = time.monotonic() - seconds
+    rng = random.Random(f"{recipe.seed}/{rank}/{step}")
+    torch.manual_seed(recipe.seed + 1000 * step + rank)
+    held_out = sample("dev", recipe.check_problems, seed=recipe.seed)[rank :: recipe.processes]
+
+    def progress_at(elapsed: float) -> float:
+        by_clock = elapsed / 60 / recipe.minutes if recipe.minutes else 0.0
+        return min(1.0, max(tokens / recipe.tokens, by_clock))
+
+    def save(path: Path) -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizers": [part.state_dict() for part in optimizers.parts],
+            "step": step,
+            "tokens": tokens,
+            "seconds": time.monotonic() - began,
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def report(**facts: Any) -> None:
+        if rank == 0:
+            line = {"step": step, "tokens": int(tokens), "minutes": round((time.monotonic() - began) / 60, 1), **facts}
+            with (directory / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            tqdm.write(json.dumps(line))
+
+    bar = tqdm(total=recipe.tokens, initial=int(tokens), unit="tok", unit_scale=True, mininterval=20, disable=rank > 0)
+    progress = progress_at(seconds)
+    saved_at = seconds
+    recent: list[float] = []
+    early_guesser = synthetic_guesser(right=0.6, shares=WARMUP_SHARES)
+    guesser: Guesser = early_guesser
+    refreshes = 0
+    queue: list[Batch] = []
+    while progress < 1.0:  # every decision below follows from numbers that all processes share
+        early = progress < recipe.early_share and not warm_start
+        due = sum(progress >= at for at in recipe.refresh_at) + bool(warm_start)
+        if due > refreshes:
+            refreshes = due
+            started = time.monotonic()
+            own = OwnGuesses(model, tokenizer, recipe.refresh_problems, rng)
+            guesser = own
+            queue.clear()
+            right = _gather_scores({"own_guess_right": (own.right * len(own.pool), len(own.pool))})
+            report(**right, refresh_seconds=round(time.monotonic() - started, 1))
+        if not queue:
+            queue = batches(tokenizer, rng, early_guesser if early else guesser, early, recipe.padded_tokens_per_step)
+        loss, loss_tokens, all_tokens = summed_loss(model, queue.pop())
+        loss.backward()  # type: ignore[no-untyped-call]
+        clock = time.monotonic() - began if rank == 0 else 0.0
+        total_loss, total_loss_tokens, total_tokens, elapsed = _reduce(
+            model, [float(loss.detach()), float(loss_tokens), float(all_tokens), clock]
+        )
+        optimizers.step(min(1.0, (step + 1) / recipe.warmup_steps) * (1.0 - progress))
+        step += 1
+        tokens += total_tokens
+        bar.update(total_tokens)
+        recent.append(total_loss / total_loss_tokens)
+        progress = progress_at(elapsed)
+        if elapsed - saved_at > 60 * recipe.checkpoint_minutes or progress >= 1.0:
+            saved_at = elapsed
+            if rank == 0:
+                save(checkpoint)
+            started = time.monotonic()
+            scores = _gather_scores(quick_scores(model, tokenizer, held_out))
+            report(
+                progress=round(progress, 3),
+                loss=round(sum(recent) / len(recent), 4),
+                tok_per_s=int(tokens / elapsed),
+                check_seconds=round(time.monotonic() - started, 1),
+                **scores,
+            )
+            recent = []
+    bar.close()
+    if rank == 0:
+        export(model, tokenizer, directory / "weights")
+        facts = {"recipe": asdict(recipe), "steps": step, "tokens": int(tokens)}
+        facts["minutes"] = round((time.monotonic() - began) / 60, 1)
+        (directory / "weights" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        print(json.dumps(facts), flush=True)
+    dist.destroy_process_group()
+
+
+def export(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Writes the model in bfloat16 and the tokenizer, ready for `from_pretrained`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = model.eval().to(torch.bfloat16)
+    model.save_pretrained(directory)
+    pocket_tokenizer.pretrained(tokenizer, CONTEXT).save_pretrained(directory)
+
+
+def train(recipe: Recipe, out: Path, warm_start: Path | None = None) -> Path:
+    """Trains, or goes on training from the checkpoint in `out`, and returns the directory of the weights."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rendezvous").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+        _worker, args=(recipe, str(out), str(warm_start) if warm_start else None), nprocs=recipe.processes
+    )
+    return out / "weights"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of the training run."""
+    parser = argparse.ArgumentParser(description="Train the pocket reasoner from nothing, on CPU. Resumes by itself.")
+    parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="run directory (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=Recipe.tokens, help="training tokens (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="end by this time even if the tokens are not reached")
+    parser.add_argument("--processes", type=int, default=2, help="single-thread processes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate, help="peak (default: %(default)s)")
+    parser.add_argument("--warm-start", type=Path, help="directory with weights to start from instead of nothing")
+    parser.add_argument(
+        "--checkpoint-minutes", type=float, default=Recipe.checkpoint_minutes, help="between checkpoints"
+    )
+    given = parser.parse_args(arguments)
+    recipe = Recipe(
+        tokens=given.tokens,
+        minutes=given.minutes,
+        processes=given.processes,
+        seed=given.seed,
+        learning_rate=given.learning_rate,
+        checkpoint_minutes=given.checkpoint_minutes,
+    )
+    print(train(recipe, given.out, given.warm_start))
+
+
+if __name__ == "__main__":
+    main()

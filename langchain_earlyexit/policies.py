@@ -1,0 +1,274 @@
+"""When to stop thinking: frozen dataclasses that read a `Trace` and return a `Decision`.
+
+A policy is pure: the same trace gives the same decision, live or replayed, so every threshold can be tried on
+recorded traces with no model. To write your own, give a frozen dataclass the three members of `Policy`.
+
+Two rules hold for every policy here. It looks only at checks whose kind is in its `looks`, counting no other. And
+it never exits at a check where a float it needs is missing or not finite (no trial was possible, say).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import ClassVar, Final, Protocol, runtime_checkable
+
+from langchain_earlyexit.trace import KINDS, Check, Decision, Trace
+
+DECISION_POINTS: Final = frozenset({"reflection", "paragraph", "interval"})
+"""The kinds a cue spec may take for its main decision points, thus the default `looks`."""
+
+_GO_ON: Final = Decision(exit=False, reason="natural")
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What the loop asks of a policy. `repr(policy)` is its record form: `DEER(threshold=0.95)`."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the signals it reads."""
+
+    @property
+    def looks(self) -> frozenset[str]:
+        """Kinds of checks it looks at, of `KINDS`."""
+
+    def decide(self, trace: Trace) -> Decision:
+        """What to do at the trace's last check. Must not depend on anything but `trace` and the fields."""
+
+
+def replay(policy: Policy, trace: Trace) -> int | None:
+    """Index into `trace.checks` at which `policy` first exits, None if it never does.
+
+    At check i the policy sees the checks up to i alone, as it would live. Checks whose kind it does not look at are
+    passed over.
+    """
+    for i, check in enumerate(trace.checks):
+        if check.kind in policy.looks and policy.decide(Trace(trace.checks[: i + 1])).exit:
+            return i
+    return None
+
+
+def needs_at(policy: Policy, kind: str) -> frozenset[str]:
+    """Signals that `policy` reads at a check of `kind`; empty where it does not look."""
+    leaves = [leaf for leaf in _leaves(policy) if kind in leaf.looks]
+    return frozenset().union(*(leaf.needs for leaf in leaves))
+
+
+def wanted_kinds(policy: Policy, primary: frozenset[str], offered: frozenset[str]) -> frozenset[str]:
+    """Kinds of checks a cue matcher must report for `policy`.
+
+    Args:
+        policy: any policy.
+        primary: the model's main decision points (`CueSpec.primary`).
+        offered: every kind the matcher can report (`CueSpec.offered`).
+
+    Returns:
+        For each policy within: its kinds among the primary ones, or, if there are none, among those offered. Thus a
+        policy that could use paragraphs stays with the cue words of a model that has them.
+    """
+    return frozenset().union(*((leaf.looks & primary) or (leaf.looks & offered) for leaf in _leaves(policy)))
+
+
+def policy_from_name(name: str) -> Policy:
+    """The policy called `name`, with its default fields. Raises ValueError naming the known ones."""
+    if name not in _BY_NAME:
+        raise ValueError(f"unknown exit policy {name!r}; known are {', '.join(sorted(_BY_NAME))}")
+    return _BY_NAME[name]()
+
+
+@dataclass(frozen=True)
+class Never:
+    """Think to the end."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    looks: ClassVar[frozenset[str]] = frozenset()
+
+    def decide(self, trace: Trace) -> Decision:
+        """Go on."""
+        return _GO_ON
+
+
+@dataclass(frozen=True, repr=False)
+class _Looking:
+    """Base of the policies below: which checks they look at, and how they print."""
+
+    looks: frozenset[str] = field(default=DECISION_POINTS, kw_only=True)
+
+    def __post_init__(self) -> None:
+        looks = frozenset(self.looks)
+        if not looks or not looks <= set(KINDS):
+            raise ValueError(f"looks must name kinds of checks, of {', '.join(KINDS)}; got {self.looks!r}")
+        object.__setattr__(self, "looks", looks)
+
+    def __repr__(self) -> str:
+        parts = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "looks"]
+        if self.looks != next(f.default for f in fields(self) if f.name == "looks"):
+            parts.append(f"looks={{{', '.join(map(repr, sorted(self.looks)))}}}")  # sorted: a stable record
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _looks_now(self, trace: Trace) -> bool:
+        return bool(trace.checks) and trace.checks[-1].kind in self.looks
+
+
+@dataclass(frozen=True, repr=False)
+class DEER(_Looking):
+    """Leave when the trial answer is confident: `trial_confidence > threshold`, strictly (arXiv 2504.15895).
+
+    The confidence is the geometric mean probability of the trial answer's tokens (the paper's v3), not the
+    arithmetic mean of the first released code.
+
+    Args:
+        threshold: in [0, 1]; the paper uses 0.95 for every model.
+        looks: kinds of checks to look at.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trial_confidence"})
+    threshold: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within_unit("threshold", self.threshold)
+
+    def decide(self, trace: Trace) -> Decision:
+        """Exit as `confident`; the score is the trial confidence."""
+        confidence = _finite(trace.checks[-1], "trial_confidence") if self._looks_now(trace) else None
+        if confidence is None:
+            return _GO_ON
+        if confidence > self.threshold:
+            return Decision(exit=True, reason="confident", score=confidence)
+        return Decision(exit=False, reason="natural", score=confidence)
+
+
+@dataclass(frozen=True, repr=False)
+class CoDEStop(_Looking):
+    """Leave when confident, or when confidence stays low without improving (arXiv 2604.04930, v2 formulas).
+
+    With c_k the trial confidence at the k-th check (k from 1) and T_k its position in tokens, it leaves
+
+    - as `confident` if `c_k >= min(r_max, r_min + (r_max - r_min) / ramp_steps * k)`, else
+    - as `degenerate` if `D_k >= tau`, where `D_k = sum of (log(T_k / T_i) + 1)` over those i in 2..k with
+      `2 c_i - c_{i-1} < delta`: unsure and not on the way up, early steps weighing more.
+
+    The paper does not say what c_0 is, so the sum starts at the second check. Checks without a finite confidence
+    are skipped: they take no k. The released code differs (confidence in the log domain, drops only, `>`); this
+    is the paper's text.
+
+    Args:
+        r_min: where the confidence ramp starts, in [0, 1]. Near 0 it leaves at the first check, whatever it is.
+        r_max: where it ends, in [r_min, 1].
+        ramp_steps: checks from `r_min` to `r_max`, at least 1.
+        delta: instability bound; the paper uses 0.55 throughout.
+        tau: degeneration bound, above 0. 3.5 is one cell of the paper's table, which spans 0.9 to 90: calibrate it
+            for your model and questions.
+        looks: kinds of checks to look at.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trial_confidence"})
+    r_min: float = 0.9
+    r_max: float = 0.95
+    ramp_steps: int = 2
+    delta: float = 0.55
+    tau: float = 3.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within_unit("r_min", self.r_min)
+        _within_unit("r_max", self.r_max)
+        if self.r_min > self.r_max:
+            raise ValueError(f"r_min must not be above r_max, got {self.r_min} > {self.r_max}")
+        if isinstance(self.ramp_steps, bool) or not isinstance(self.ramp_steps, int) or self.ramp_steps < 1:
+            raise ValueError(f"ramp_steps must be an int of at least 1, got {self.ramp_steps!r}")
+        if not math.isfinite(self.delta):
+            raise ValueError(f"delta must be finite, got {self.delta}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be above 0, got {self.tau}")
+
+    def decide(self, trace: Trace) -> Decision:
+        """Exit as `confident` (score: c_k) or `degenerate` (score: D_k); going on scores c_k."""
+        if not self._looks_now(trace) or _finite(trace.checks[-1], "trial_confidence") is None:
+            return _GO_ON
+        steps = [
+            (check.position, confidence)
+            for check in trace.checks
+            if check.kind in self.looks and (confidence := _finite(check, "trial_confidence")) is not None
+        ]
+        tokens, confidence = steps[-1]
+        ramp = min(self.r_max, self.r_min + (self.r_max - self.r_min) / self.ramp_steps * len(steps))
+        if confidence >= ramp:
+            return Decision(exit=True, reason="confident", score=confidence)
+        degeneration = sum(
+            math.log(tokens / position) + 1
+            for (_, before), (position, now) in pairwise(steps)
+            if 2 * now - before < self.delta
+        )
+        if degeneration >= self.tau:
+            return Decision(exit=True, reason="degenerate", score=degeneration)
+        return Decision(exit=False, reason="natural", score=confidence)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class FirstOf:
+    """Leave as soon as one of `policies` does; the earlier named decides first.
+
+    Each member sees the whole trace so far, and is asked only at checks of the kinds it looks at.
+
+    Raises:
+        ValueError: no member.
+    """
+
+    policies: tuple[Policy, ...]
+
+    def __init__(self, *policies: Policy) -> None:
+        if not policies:
+            raise ValueError("FirstOf needs at least one policy")
+        object.__setattr__(self, "policies", policies)
+
+    def __repr__(self) -> str:
+        return f"FirstOf({', '.join(map(repr, self.policies))})"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals of all members."""
+        return frozenset().union(*(member.needs for member in self.policies))
+
+    @property
+    def looks(self) -> frozenset[str]:
+        """Kinds of all members."""
+        return frozenset().union(*(member.looks for member in self.policies))
+
+    def decide(self, trace: Trace) -> Decision:
+        """The first member's exit; else go on with the first score a member gave."""
+        going_on = _GO_ON
+        for member in self.policies:
+            if trace.checks and trace.checks[-1].kind in member.looks:
+                decision = member.decide(trace)
+                if decision.exit:
+                    return decision
+                if going_on.score is None:
+                    going_on = decision
+        return going_on
+
+
+_BY_NAME: Final[dict[str, type[Never] | type[DEER] | type[CoDEStop]]] = {
+    "never": Never,
+    "deer": DEER,
+    "codestop": CoDEStop,
+}
+
+
+def _leaves(policy: Policy) -> list[Policy]:
+    if isinstance(policy, FirstOf):
+        return [leaf for member in policy.policies for leaf in _leaves(member)]
+    return [policy]
+
+
+def _finite(check: Check, signal: str) -> float | None:
+    value = check.signals.get(signal)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _within_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")

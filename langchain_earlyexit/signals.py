@@ -1,0 +1,72 @@
+"""How the floats of a check are measured. Each measurement is a sub-program: it yields steps and leaves no mark.
+
+Measured so far: `trial_confidence`, by a trial answer (DEER, arXiv 2504.15895; CoDE-Stop, arXiv 2604.04930). A policy
+that needs another signal is refused when a request is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+from langchain_earlyexit.answers import AnswerForm, TrialAnswer
+from langchain_earlyexit.codec import Codec, Pieces
+from langchain_earlyexit.engines.program import TRUNK, Close, Feed, Fork, Op, Sample
+from langchain_earlyexit.sampling import Token
+
+MEASURED = frozenset({"trial_confidence"})
+
+Results = tuple[object, ...]
+Ask = Generator[tuple[Op, ...], Results, "Trial"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A trial answer and its price: `tokens` counts all tokens of its branch, the inducer included."""
+
+    answer: TrialAnswer
+    closing: int
+    sampled: int
+
+    @property
+    def tokens(self) -> int:
+        return self.closing + self.sampled
+
+
+def trial_answer(
+    branch: int,
+    length: int,
+    closing: tuple[int, ...],
+    form: AnswerForm,
+    codec: Codec,
+    ends: frozenset[int],
+    beside: Callable[[], Sample | None],
+) -> Ask:
+    """Close the thinking on a fork of the trunk's first `length` tokens and decode the answer greedily.
+
+    Args:
+        branch: number of the fork.
+        length: tokens of the trunk, prompt included, to fork.
+        closing: the ids that end the thinking and induce the answer.
+        form: judges when the answer is complete and how sure the model is of it.
+        codec: ids to text.
+        ends: ids that end a turn, or the thinking.
+        beside: the trunk's own next sample, to share the pass with, or None for the trunk to wait. Its token is the
+            business of whoever drives this generator.
+    """
+    pieces, texts, logprobs = Pieces(codec), list[str](), list[float]()
+    before: tuple[Op, ...] = (Fork(TRUNK, branch, length), Feed(branch, closing))
+    answer: TrialAnswer | None = None
+    while answer is None:
+        other = beside()
+        results = yield (*before, Sample(branch), *(() if other is None else (other,)))
+        token = results[len(before)]
+        assert isinstance(token, Token)  # noqa: S101 - the engine's contract
+        before = ()
+        ended = token.id in ends
+        if not ended:
+            texts.append(pieces.push(token.id))
+            logprobs.append(token.logprob)
+        answer = form.trial(texts, logprobs, ended)
+    yield (Close(branch),)
+    return Trial(answer, len(closing), len(texts) + ended)

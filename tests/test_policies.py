@@ -1,0 +1,333 @@
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_earlyexit.policies import (
+    DEER,
+    CoDEStop,
+    FirstOf,
+    Never,
+    Policy,
+    needs_at,
+    policy_from_name,
+    replay,
+    wanted_kinds,
+)
+from langchain_earlyexit.trace import KINDS, Check, Decision, Trace
+
+CONFIDENCE = frozenset({"trial_confidence"})
+
+
+def trace_of(*confidences, positions=None, kinds=None):
+    """A trace with these trial confidences; None = no trial was possible."""
+    return Trace(
+        tuple(
+            Check(
+                positions[i] if positions else 10 * (i + 1),
+                "wait",
+                {} if c is None else {"trial_confidence": c},
+                kinds[i] if kinds else "reflection",
+            )
+            for i, c in enumerate(confidences)
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Patience:
+    """A user's own policy: leave at the n-th sentence."""
+
+    n: int
+    needs: ClassVar[frozenset[str]] = frozenset({"end_margin"})
+    looks: ClassVar[frozenset[str]] = frozenset({"sentence"})
+
+    def decide(self, trace):
+        sentences = sum(check.kind == "sentence" for check in trace.checks)
+        done = sentences >= self.n
+        return Decision(done, "margin" if done else "natural", float(sentences))
+
+
+confidences = st.lists(
+    st.none() | st.floats(0, 1) | st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.95, 1.0, math.nan]), max_size=8
+)
+unit = st.floats(0, 1)
+leaves = (
+    st.builds(DEER, unit)
+    | st.builds(
+        lambda lo, hi, steps, delta, tau: CoDEStop(min(lo, hi), max(lo, hi), steps, delta, tau),
+        unit, unit, st.integers(1, 5), st.floats(-1, 2), st.floats(0.1, 20),
+    )
+    | st.builds(Patience, st.integers(1, 4))
+    | st.just(Never())
+)  # fmt: skip
+policies = st.recursive(leaves, lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda m: FirstOf(*m)))
+
+
+@st.composite
+def mixed_traces(draw):
+    values = draw(confidences)
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=len(values), max_size=len(values)))
+    return trace_of(*values, kinds=kinds)
+
+
+# replay
+
+
+@given(policies, mixed_traces())
+def test_replay_of_a_prefix_exits_where_the_whole_does_or_not_at_all(policy, trace):
+    whole = replay(policy, trace)
+    for n in range(len(trace.checks) + 1):
+        expected = whole if whole is not None and whole < n else None
+        assert replay(policy, Trace(trace.checks[:n])) == expected
+
+
+@given(policies, mixed_traces())
+def test_replay_exits_where_a_loop_that_asks_at_each_check_it_looks_at_does(policy, trace):
+    live = None
+    for i, check in enumerate(trace.checks):
+        if check.kind in policy.looks and policy.decide(Trace(trace.checks[: i + 1])).exit:
+            live = i
+            break
+    assert replay(policy, trace) == live
+    assert live is None or trace.checks[live].kind in policy.looks
+
+
+@given(policies, mixed_traces())
+def test_an_answer_or_a_count_known_only_afterwards_cannot_change_a_replay(policy, trace):
+    told = Trace(trace.checks, answer="1", gold="1", thinking_tokens=5)
+    assert replay(policy, told) == replay(policy, trace)
+
+
+def test_never_never_exits():
+    assert replay(Never(), trace_of(1.0, 1.0)) is None
+    assert Never().decide(trace_of(1.0)) == Decision(exit=False, reason="natural")
+
+
+# DEER
+
+
+def test_deer_needs_more_than_its_threshold():
+    assert replay(DEER(0.95), trace_of(0.94, 0.95, 0.951)) == 2
+    assert replay(DEER(1.0), trace_of(1.0)) is None
+
+
+def test_deer_scores_the_confidence_whether_it_leaves_or_not():
+    assert DEER().decide(trace_of(0.2, 0.97)) == Decision(exit=True, reason="confident", score=0.97)
+    assert DEER().decide(trace_of(0.97, 0.2)) == Decision(exit=False, reason="natural", score=0.2)
+
+
+@pytest.mark.parametrize("policy", [DEER(0.0), CoDEStop(r_min=0, r_max=0), FirstOf(DEER(0.0))])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+def test_no_policy_leaves_where_no_trial_was_possible(policy, value):
+    assert policy.decide(trace_of(0.5, value)) == Decision(exit=False, reason="natural")
+
+
+@pytest.mark.parametrize("policy", [Never(), DEER(0.0), CoDEStop(), FirstOf(DEER(0.0), Never())])
+def test_an_empty_trace_gives_no_reason_to_leave(policy):
+    assert policy.decide(Trace()) == Decision(exit=False, reason="natural")
+
+
+# CoDE-Stop
+
+
+def test_codestop_agrees_with_a_table_worked_by_hand():
+    # positions T = 100, 200, 400, 800, 1600; c = .70, .50, .60, .30, .40; delta .55, tau 5
+    # ramp r_k: min(.95, .9 + .025 k) = .925, .95, .95, .95, .95: no c reaches it
+    # unstable where 2 c_i - c_{i-1} < .55, i from 2:
+    #   i=2: 1.00 - .70 = .30 yes | i=3: 1.20 - .50 = .70 no | i=4: .60 - .60 = .00 yes | i=5: .80 - .30 = .50 yes
+    # D_2 = ln(200/200) + 1                                              = 1
+    # D_3 = ln(400/200) + 1                                              = 1.6931
+    # D_4 = (ln(800/200) + 1) + (ln 1 + 1)           = 2.3863 + 1        = 3.3863
+    # D_5 = (ln(1600/200)+1) + (ln(1600/800)+1) + 1  = 3.0794 + 1.6931 + 1 = 5.7726
+    trace = trace_of(0.7, 0.5, 0.6, 0.3, 0.4, positions=(100, 200, 400, 800, 1600))
+    assert replay(CoDEStop(tau=5), trace) == 4
+    decision = CoDEStop(tau=5).decide(trace)
+    assert (decision.exit, decision.reason) == (True, "degenerate")
+    assert decision.score == pytest.approx(5.7726, abs=1e-4)
+    for tau, first in [(1.0, 1), (1.6931, 2), (1.6932, 3), (3.3862, 3), (3.3864, 4), (5.7725, 4), (5.7727, None)]:
+        assert replay(CoDEStop(tau=tau), trace) == first, tau
+
+
+def test_codestops_ramp_counts_checks_from_one():
+    # r_1 = .925, r_2 = .95 and stays: counted from 0, .90 would pass at the first check
+    for confidence, leaves in [(0.9, False), (0.924, False), (0.926, True)]:
+        assert CoDEStop().decide(trace_of(confidence)).exit is leaves
+    assert not CoDEStop().decide(trace_of(0.9, 0.949)).exit
+    assert CoDEStop().decide(trace_of(0.9, 0.9, 0.951)) == Decision(exit=True, reason="confident", score=0.951)
+
+
+def test_codestop_leaves_at_equality_in_both_tests():
+    assert CoDEStop(r_min=0.5, r_max=0.5).decide(trace_of(0.5)).reason == "confident"
+    assert CoDEStop(tau=1.0).decide(trace_of(0.5, 0.5, positions=(5, 5))).reason == "degenerate"  # D_2 = 1 exactly
+
+
+def test_codestop_is_confident_before_it_is_degenerate():
+    assert CoDEStop(r_min=0.3, r_max=0.3, tau=1.0).decide(trace_of(0.1, 0.3)).reason == "confident"
+
+
+def test_codestop_has_no_instability_at_the_first_check():
+    assert not CoDEStop(tau=1e-9).decide(trace_of(0.0)).exit
+
+
+def test_codestop_counts_a_low_confidence_that_does_not_drop():
+    # the released code counts strict drops only; the paper counts low and not improving
+    assert replay(CoDEStop(tau=2.0), trace_of(0.2, 0.2, 0.2)) == 2
+
+
+def test_codestop_is_unstable_below_delta_only():
+    at_delta = trace_of(0.5, 0.5, positions=(5, 5))  # 2 * .5 - .5 = .5
+    assert not CoDEStop(delta=0.5, tau=1.0).decide(at_delta).exit
+    assert CoDEStop(delta=0.51, tau=1.0).decide(at_delta).exit
+
+
+def test_codestop_without_a_ramp_floor_leaves_at_the_first_check_unsure_as_it_may_be():
+    unsure = trace_of(0.5, 0.9, 0.99)
+    assert replay(CoDEStop(r_min=0.0), unsure) == 0
+    assert replay(CoDEStop(), unsure) == 2
+
+
+def test_codestop_passes_over_checks_without_a_trial_as_if_they_were_not_there():
+    gaps = trace_of(0.7, None, 0.5, math.nan, 0.6, positions=(100, 150, 200, 300, 400))
+    none = trace_of(0.7, 0.5, 0.6, positions=(100, 200, 400))
+    policy = CoDEStop(tau=1.69)
+    assert policy.decide(gaps) == policy.decide(none)
+    assert replay(policy, gaps) == 4
+
+
+def test_codestop_counts_only_checks_of_kinds_it_looks_at():
+    # .93 passes the ramp at k = 1 (.925) but not at k = 2 (.95), which the sentence would make it
+    assert CoDEStop().decide(trace_of(0.1, 0.93, kinds=("sentence", "reflection"))).exit
+    assert not CoDEStop().decide(trace_of(0.1, 0.93, kinds=("reflection", "reflection"))).exit
+    # and the sentences between would add to D
+    kinds = ("reflection", "sentence", "sentence", "reflection")
+    assert not CoDEStop(tau=2.0).decide(trace_of(0.7, 0.1, 0.1, 0.6, kinds=kinds)).exit
+    assert not CoDEStop().decide(trace_of(0.99, kinds=("sentence",))).exit
+
+
+# FirstOf
+
+
+def test_the_first_named_member_that_leaves_wins():
+    trace = trace_of(0.97)
+    assert FirstOf(DEER(0.9), CoDEStop(r_min=0.1, r_max=0.1)).decide(trace) == DEER(0.9).decide(trace)
+    low = trace_of(0.2, 0.2)
+    assert FirstOf(DEER(), CoDEStop(tau=1.0)).decide(low).reason == "degenerate"
+    assert FirstOf(CoDEStop(tau=1.0, r_min=0, r_max=0), CoDEStop(tau=1.0)).decide(low).reason == "confident"
+
+
+def test_members_are_asked_only_at_kinds_they_look_at():
+    policy = FirstOf(DEER(), Patience(2))
+    kinds = ("sentence", "reflection", "sentence")
+    assert replay(policy, trace_of(0.99, 0.5, 0.99, kinds=kinds)) == 2
+    assert policy.decide(trace_of(0.99, kinds=("sentence",))) == Decision(exit=False, reason="natural", score=1.0)
+
+
+def test_going_on_keeps_the_first_score_there_is():
+    assert FirstOf(Never(), DEER(0.9), DEER(0.99)).decide(trace_of(0.4)).score == 0.4
+
+
+@given(policies, policies, mixed_traces())
+def test_first_of_two_exits_at_the_earlier_of_their_exits(a, b, trace):
+    exits = [i for i in (replay(a, trace), replay(b, trace)) if i is not None]
+    assert replay(FirstOf(a, b), trace) == min(exits, default=None)
+
+
+@given(policies, mixed_traces())
+def test_nesting_changes_nothing(policy, trace):
+    nested = FirstOf(FirstOf(policy))
+    assert replay(nested, trace) == replay(policy, trace)
+
+
+def test_first_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        FirstOf()
+
+
+# needs, looks and wanted kinds
+
+
+def test_needs_at_a_kind_are_those_of_the_members_that_look_there():
+    policy = FirstOf(DEER(), FirstOf(Patience(1), Never()))
+    assert needs_at(policy, "reflection") == CONFIDENCE
+    assert needs_at(policy, "sentence") == {"end_margin"}
+    assert needs_at(DEER(), "sentence") == frozenset()
+    assert needs_at(Never(), "reflection") == frozenset()
+    assert policy.needs == CONFIDENCE | {"end_margin"}
+    assert policy.looks == {"reflection", "paragraph", "interval", "sentence"}
+
+
+def test_a_policy_stays_with_the_models_main_decision_points_when_it_can():
+    primary, offered = frozenset({"reflection"}), frozenset(KINDS)
+    assert wanted_kinds(DEER(), primary, offered) == {"reflection"}
+    assert wanted_kinds(DEER(looks={"paragraph"}), primary, offered) == {"paragraph"}
+    assert wanted_kinds(Patience(1), primary, offered) == {"sentence"}
+    assert wanted_kinds(FirstOf(DEER(), Patience(1)), primary, offered) == {"reflection", "sentence"}
+    assert wanted_kinds(Never(), primary, offered) == frozenset()
+    assert wanted_kinds(DEER(looks={"reflection"}), frozenset({"interval"}), frozenset({"interval"})) == frozenset()
+
+
+# the record form
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (Never(), "Never()"),
+        (DEER(), "DEER(threshold=0.95)"),
+        (DEER(0.9, looks={"sentence", "interval"}), "DEER(threshold=0.9, looks={'interval', 'sentence'})"),
+        (CoDEStop(), "CoDEStop(r_min=0.9, r_max=0.95, ramp_steps=2, delta=0.55, tau=3.5)"),
+        (FirstOf(DEER(0.9), FirstOf(Never())), "FirstOf(DEER(threshold=0.9), FirstOf(Never()))"),
+    ],
+)
+def test_the_repr_of_a_policy_makes_it_again(policy, text):
+    assert repr(policy) == text
+    assert eval(text) == policy  # noqa: S307
+
+
+@given(policies)
+def test_equal_policies_are_equal_and_hash_so(policy):
+    again = eval(repr(policy))  # noqa: S307
+    assert again == policy
+    assert hash(again) == hash(policy)
+    assert isinstance(policy, Policy)
+
+
+def test_policies_of_one_kind_with_other_fields_differ():
+    assert DEER(0.9) != DEER(0.95)
+    assert FirstOf(DEER(), Never()) != FirstOf(Never(), DEER())
+    assert DEER() != CoDEStop()
+
+
+@pytest.mark.parametrize(("name", "policy"), [("never", Never()), ("deer", DEER()), ("codestop", CoDEStop())])
+def test_a_policy_goes_by_its_name(name, policy):
+    assert policy_from_name(name) == policy
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown exit policy 'dear'; known are codestop, deer, never"):
+        policy_from_name("dear")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DEER(1.1), "threshold must be in"),
+        (lambda: DEER(math.nan), "threshold must be in"),
+        (lambda: DEER(looks="reflection"), "looks must name kinds"),
+        (lambda: DEER(looks=()), "looks must name kinds"),
+        (lambda: CoDEStop(r_min=0.96), "r_min must not be above r_max"),
+        (lambda: CoDEStop(r_max=1.5), "r_max must be in"),
+        (lambda: CoDEStop(ramp_steps=0), "ramp_steps must be"),
+        (lambda: CoDEStop(ramp_steps=1.5), "ramp_steps must be"),
+        (lambda: CoDEStop(delta=math.inf), "delta must be finite"),
+        (lambda: CoDEStop(tau=0), "tau must be above 0"),
+        (lambda: CoDEStop(tau=math.nan), "tau must be above 0"),
+    ],
+)
+def test_a_field_out_of_range_is_a_clear_error(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
