@@ -27,6 +27,7 @@ from langchain_earlyexit.engines.program import Answer, Checked, Done, Engine, E
 from langchain_earlyexit.engines.shared import acquire, release
 from langchain_earlyexit.families import Family, ThinkTags, find_family, thinking_tags
 from langchain_earlyexit.messages import render
+from langchain_earlyexit.pocket import weights_dir
 from langchain_earlyexit.policies import CoDEStop, FirstOf, Never, Policy, policy_from_name
 from langchain_earlyexit.record import KEY, ExitRecord
 from langchain_earlyexit.sampling import Sampling
@@ -340,7 +341,7 @@ class ChatEarlyExit(BaseChatModel):
 
     def _load(self) -> Engine:
         return acquire(
-            model=self.model,
+            model=str(weights_dir()) if self.model == "pocket" else self.model,
             device=self.device,
             device_map=self.device_map,
             dtype=self.dtype,

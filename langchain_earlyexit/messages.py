@@ -178,7 +178,9 @@ def to_template(messages: Sequence[BaseMessage], *, include_reasoning: bool) -> 
                 )
             role = _ROLES[name.lower()]
         parts = _parts(message.content, role)
-        result += [{**found, "name": names.get(found["tool_call_id"], "")} for found in parts.results]
+        for found in parts.results:
+            called = names.get(found["tool_call_id"])
+            result.append({**found, "name": called} if called else found)
         if parts.results and not parts.text:
             continue
         turn = {"role": role, "content": parts.text}
@@ -195,12 +197,16 @@ def to_template(messages: Sequence[BaseMessage], *, include_reasoning: bool) -> 
 # --- text that is never a control token ---------------------------------------------------------------------
 
 
+_UNHEARD_OF = "\U0010fffd"
+"""A private character that no vocabulary holds."""
+
+
 @dataclass(frozen=True)
 class _Controls:
     """The added tokens of a tokenizer that must never come from text: all but blank and one-character ones.
 
-    The token for unknown text is one of them as a string, but as an id it is also how a closed vocabulary
-    spells whatever it cannot spell, so its id proves nothing.
+    A closed vocabulary spells with its unknown token whatever it cannot spell. There that token is watched as
+    a string only, for its id proves nothing.
     """
 
     tokenizer: Any
@@ -213,12 +219,13 @@ class _Controls:
         added = {
             int(index): str(token)
             for index, token in tokenizer.added_tokens_decoder.items()
-            if len(str(token).strip()) > 1
+            if len(str(token).replace("▁", " ").strip()) > 1  # ▁ is how SentencePiece writes a space
         }
         unknown = getattr(tokenizer, "unk_token_id", None)
+        unspelled = {unknown}.intersection(_encode(tokenizer, _UNHEARD_OF))
         strings = frozenset(added.values())
         pattern = re.compile("|".join(map(re.escape, strings)) or "(?!)")
-        return cls(tokenizer, strings, frozenset(added) - {unknown}, pattern)
+        return cls(tokenizer, strings, frozenset(added) - unspelled, pattern)
 
     def among(self, ids: Iterable[int]) -> tuple[int, ...]:
         return tuple(index for index in ids if index in self.ids)

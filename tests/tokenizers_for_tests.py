@@ -11,6 +11,7 @@ CORPUS = [
     "You are a helpful assistant. Think step by step and put your final answer within a box.",
     "system user assistant tool think function name arguments description parameters",
     'Hello world, how are you today? {"name": "add", "arguments": {"a": 1, "b": 2}}',
+    "<b>bold</b> <b>text</b> <b>here</b> <b>too</b>",
     "<html> a < b > c [x] {y} |z| / ~ # @ ! & ; : ' \" \\ `",
 ]
 
@@ -118,7 +119,7 @@ def byte_level(
 def _byte_fallback() -> str:
     alphabet = sorted(set("".join(CORPUS)) - {" "})
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *alphabet]
-    merges = [("▁", letter) for letter in "abcdefghilmnoprstuwy<"] + [("t", "h"), ("▁", "th")]
+    merges = [("▁", letter) for letter in "abcdefghilmnoprstuwy<"] + [("t", "h"), ("▁", "th"), ("▁", "▁")]
     pieces += [a + b for a, b in merges]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)).to_str()
@@ -135,7 +136,7 @@ def sentencepiece(template: str | None = LLAMA2, *, legacy: bool = False) -> Pre
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = ("<unk>", "<s>", "</s>")
-    plain = ("[INST]", "[/INST]", "\n\n", "    ", "é")
+    plain = ("[INST]", "[/INST]", "\n\n", "    ", "▁▁", "é")
     return _wrap(tokenizer, template, special, plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 

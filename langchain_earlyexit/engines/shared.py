@@ -28,7 +28,7 @@ def acquire(*, model: str, max_retries: int, token: str | None, quantization_con
     """The engine for these settings: see `local.LocalSettings` for them, and `release` for giving it back.
 
     Args:
-        model: "pocket", a hub id, a directory, or a directory with one GGUF file.
+        model: a hub id, a directory, or a directory with one GGUF file.
         max_retries: tries after the first, when the network fails while the hub is read.
         token: Hugging Face token; not part of what makes settings equal.
         quantization_config: passed on to `from_pretrained`.
@@ -36,10 +36,8 @@ def acquire(*, model: str, max_retries: int, token: str | None, quantization_con
     """
     # Only here does torch come in: importing the package, and building a chat model, stay quick.
     from langchain_earlyexit.engines.local import LocalSettings, load
-    from langchain_earlyexit.pocket import weights_dir
 
-    where = str(weights_dir()) if model == "pocket" else model
-    wanted = LocalSettings(where, quantization_config=quantization_config, token=token, **settings)
+    wanted = LocalSettings(model, quantization_config=quantization_config, token=token, **settings)
     with _guard:
         entry = _entries.setdefault(wanted, _Entry(threading.Lock()))
         entry.users += 1

@@ -78,7 +78,7 @@ CHAT_TEMPLATE = """\
 
 def pretrained(tokenizer: Tokenizer, context: int) -> Any:
     """The tokenizer as `transformers` saves and loads it, with the chat template."""
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,10 +1,10 @@
 """Training texts: chains of thought with a guess and checks, forced exits, direct answers, and what carries loss.
 
-A chain restates the question, states a guess, and then checks it by one method after another, each check
-opening with a cue word. The form of the chain, the odds of stopping and the odds of the cue words are designed here. What is
-not designed is whether a guess is right: guesses are sampled from the model being trained (see `train`), wrong tokens
-carry no loss, and after every forced exit the text goes on with the true answer. So a trained model's
-confidence at an exit is its own estimate.
+A chain restates the question, states a guess, and then checks it by one method after another, each check opening with
+a cue word. The form of the chain, the odds of stopping and the odds of the cue words are designed here. What is not
+designed is whether a guess is right: guesses are sampled from the model being trained (see `train`), wrong tokens carry
+no loss, and after every forced exit the text goes on with the true answer. So a trained model's confidence at an exit
+is its own estimate.
 """
 
 import random

@@ -22,8 +22,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from langchain_earlyexit.pocket import tokenizer as pocket_tokenizer
 from langchain_earlyexit.pocket.evaluate import quick_scores
@@ -185,7 +186,8 @@ class Optimizers:
     """Muon for the matrices, AdamW for the embedding and the norms."""
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
-        matrices, others = [], []
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
         for name, parameter in model.named_parameters():
             (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
         rate, decay = recipe.learning_rate, recipe.weight_decay
@@ -354,7 +356,7 @@ def train(recipe: Recipe, out: Path, warm_start: Path | None = None) -> Path:
     """Trains, or goes on training from the checkpoint in `out`, and returns the directory of the weights."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "rendezvous").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+    spawn(  # type: ignore[no-untyped-call]
         _worker, args=(recipe, str(out), str(warm_start) if warm_start else None), nprocs=recipe.processes
     )
     return out / "weights"

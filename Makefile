@@ -1,0 +1,44 @@
+# Two commands from a fresh clone with Python 3.11+, make and pip: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Measured on small machines: one busy OpenMP thread per process is faster than two that wait for each other.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test test-slow check bench pocket clean
+
+help:  ## What can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# The package and all that development needs, at the versions of constraints.txt.
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready  ## Ask the bundled model, with full thinking, DEER and CoDE-Stop side by side
+	$(BIN)/earlyexit demo
+
+test: check  ## Style, types and the tests (under 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(VENV)/ready  ## Slow proofs: real weights from a GGUF file, the wheel in an empty environment
+	$(BIN)/python -m pytest -m slow -ra
+
+check: $(VENV)/ready  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready  ## Speed of the control loop against transformers' generate()
+	$(BIN)/earlyexit bench
+
+pocket: $(VENV)/ready  ## Train the bundled model again from nothing (about an hour on 2 cores; resumable)
+	$(BIN)/earlyexit pocket train --out runs/pocket
+
+clean:  ## Remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,1 @@
+"""The offline half: measuring speed and quality."""
