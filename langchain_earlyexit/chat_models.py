@@ -283,6 +283,8 @@ class ChatEarlyExit(BaseChatModel):
         told["exit_policy"] = repr(self.exit_policy or Never())
         if isinstance(self.answer_form, AnswerForm):
             told["answer_form"] = repr(self.answer_form)
+        # Core writes a call's own `stop` under that name, and would hide this one from the cache key.
+        told["stop_sequences"] = told.pop("stop")
         told["model"] = self.model
         told["engine"] = self.engine if isinstance(self.engine, str) else self.engine.name
         for name in ("dtype", "device", "device_map", "revision"):

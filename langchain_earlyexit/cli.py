@@ -19,7 +19,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, words: str, within: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:  # noqa: E501
+    def command(
+        name: str, words: str, within: argparse._SubParsersAction[argparse.ArgumentParser]
+    ) -> argparse.ArgumentParser:
         return within.add_parser(
             name, help=words, description=words, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
@@ -83,7 +85,9 @@ def _run(given: argparse.Namespace) -> None:
         print(f"{given.model}, greedy, one request at a time, {given.rounds} interleaved rounds, tokens per second:")
         for name, values in (("ChatEarlyExit, never", speed.ours), ("generate()", speed.theirs)):
             ordered = sorted(values)
-            print(f"  {name:22} min {ordered[0]:6.0f}  median {ordered[len(ordered) // 2]:6.0f}  max {ordered[-1]:6.0f}")
+            print(
+                f"  {name:22} min {ordered[0]:6.0f}  median {ordered[len(ordered) // 2]:6.0f}  max {ordered[-1]:6.0f}"
+            )
         print(f"  median ratio           {speed.ratio:.2f}")
     elif given.part == "train":
         from langchain_earlyexit.pocket.train import main as train

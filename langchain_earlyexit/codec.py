@@ -9,7 +9,7 @@ _WINDOW = 16
 
 _INCOMPLETE = "\ufffd"
 _LONGEST_CHARACTER = 4
-"""UTF-8 bytes per character at most; an incomplete tail longer than this is not going to become one."""
+"""UTF-8 bytes per character at most, so tokens too; what is incomplete for longer is not going to become one."""
 
 
 class Codec:
@@ -47,27 +47,38 @@ class Pieces:
     """Incremental decoding: `push(id)` returns the text that this token completes, "" inside a character.
 
     The pieces joined are the text of the whole, also for byte-level tokens that split a character, and for
-    tokenizers that drop or add a space at the start of a text.
+    tokenizers that drop or add a space at the start of a text, or that spoil a whole run of bytes for one character
+    that is still incomplete. Bytes that the text ends with, and that never became a character, are left out.
     """
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._ids: list[int] = []
-        self._text = ""
+        self._text = ""  # what of the text of these has been returned
+        self._waiting = 0  # tokens since then
+        self._anchor = 0  # a place in the ids, at or before the last of them returned, where no character is split
 
     def push(self, token: int) -> str:
         codec = self._codec
         if token in codec.special:
             # A control token stands alone: decoders may glue spaces to it, or to its neighbour because of it.
-            self._ids, self._text = [], ""
+            self._ids, self._text, self._waiting, self._anchor = [], "", 0, 0
             return codec.decode([token])
         self._ids.append(token)
+        self._waiting += 1
         text = codec.decode(self._ids)
-        if text.endswith(_INCOMPLETE) and len(text) - len(self._text) <= _LONGEST_CHARACTER:
-            return ""
-        piece = text[len(self._text) :]
-        self._text = text
-        if len(self._ids) > _WINDOW:
-            self._ids = self._ids[-_WINDOW // 2 :]
+        goes_on = text.startswith(self._text)
+        if text.endswith(_INCOMPLETE):
+            whole = text.rstrip(_INCOMPLETE)
+            if goes_on and len(whole) > len(self._text):  # this token ends one character and begins another
+                piece, self._text, self._waiting = whole[len(self._text) :], whole, 1
+                return piece
+            if self._waiting < _LONGEST_CHARACTER:
+                return ""
+        piece = text[len(self._text) :] if goes_on else codec.decode(self._ids[-self._waiting :])
+        self._text, self._waiting = text, 0
+        if len(self._ids) - self._anchor >= _WINDOW // 2:
+            del self._ids[: self._anchor]
+            self._anchor = len(self._ids)
             self._text = codec.decode(self._ids)
         return piece

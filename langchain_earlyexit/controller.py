@@ -45,7 +45,7 @@ POLICY_REASONS = frozenset({"confident", "degenerate", "converged", "sufficient"
 _BLANK_TOKENS = 32
 """Tokens without visible text that an answer may begin with."""
 
-_BLANK_TRIES = 64
+_BLANK_TRIES = 256
 """How often a token is drawn again that would leave the answer empty."""
 
 
@@ -90,12 +90,16 @@ class Request:
     @property
     def closing(self) -> tuple[int, ...]:
         """Ids that end the thinking and induce an answer."""
-        return () if self.tags is None else self.codec.encode(self.tags[1] + self.form.inducer)
+        return self.codec.encode(self._end + self.form.inducer)
 
     @property
     def budget_closing(self) -> tuple[int, ...]:
         """As `closing`, with the message that explains the cut to the model."""
-        return () if self.tags is None else self.codec.encode(self.message + self.tags[1] + self.form.inducer)
+        return self.codec.encode(self.message + self._end + self.form.inducer)
+
+    @property
+    def _end(self) -> str:
+        return "" if self.tags is None else self.tags[1]
 
     def __post_init__(self) -> None:
         unmeasured = self.policy.needs - MEASURED
@@ -103,7 +107,7 @@ class Request:
             raise ValueError(
                 f"{self.policy!r} needs the signals {sorted(unmeasured)}, but this version measures {sorted(MEASURED)}"
             )
-        least = (len(self.budget_closing) if self.thinking else 0) + 1
+        least = (max(len(self.closing), len(self.budget_closing)) if self.thinking else 0) + 1
         if self.limit is not None and self.limit < least:
             raise ValueError(
                 f"{self.limit} tokens are left for this call, but closing the thinking and one token of answer take "
@@ -153,7 +157,8 @@ class _Run:
         limits = [] if request.budget is None else [request.budget]
         self.room: int | None = None
         if request.limit is not None:
-            self.room = max(0, request.limit - len(self.budget_closing) - request.reserve)
+            forced = max(len(self.closing), len(self.budget_closing))
+            self.room = max(0, request.limit - forced - max(1, request.reserve))
             limits.append(self.room)
         self.most = min(limits, default=None)
 
@@ -242,6 +247,10 @@ class _Run:
         """The model closed its thinking itself: the tag's tokens are thinking tokens without text."""
         self.matcher.end()
         self.thoughts[len(self.thoughts) - found.tokens :] = [found.lead] + [""] * (found.tokens - 1)
+        if self.ahead:  # a tag of several tokens came while a trial ran: the trunk is past it
+            self.speculated += len(self.ahead)
+            self.ahead.clear()
+            self.ops.append(Rewind(TRUNK, len(self.request.prompt) + len(self.thoughts)))
         self.tell(len(self.thoughts))
         return _Ending("natural", open=False, rest=found.rest)
 
@@ -298,6 +307,7 @@ class _Run:
         request = self.request
         self.branches += 1
         ends = request.codec.eos | self.finder.ids
+        most = None if request.limit is None else request.limit - position - len(self.closing)
         asking = trial_answer(
             self.branches,
             len(request.prompt) + position,
@@ -306,6 +316,7 @@ class _Run:
             request.codec,
             ends,
             self.beside,
+            most,
         )
         ops = next(asking)
         while True:
@@ -338,27 +349,28 @@ class _Run:
         self.say(strainer.forced())
         if ending.open:
             if request.reuse and ending.trial is not None and ending.trial.answer.complete:
-                self.reuse(ending.trial, strainer)
-                return
+                text = strainer.push(ending.trial.answer.text) + strainer.finish()
+                if text.strip():
+                    self.reuse(ending.trial, text)
+                    return
             closing = self.budget_closing if ending.reason in {"budget", "length"} else self.closing
             self.ops.append(Feed(TRUNK, closing))
             self.forced = len(closing)
         self.say(strainer.push(ending.rest))
         yield from self.speak(strainer)
 
-    def reuse(self, trial: Trial, strainer: Strainer) -> None:
+    def reuse(self, trial: Trial, text: str) -> None:
         """The trial becomes the answer: its tokens are counted as what they now are."""
         self.trials -= trial.tokens
         self.trial_tokens[-1] = 0
         self.forced, self.answered = trial.closing, trial.sampled
-        self.say(strainer.push(trial.answer.text))
-        self.say(strainer.finish())
+        self.say(text)
 
     def speak(self, strainer: Strainer) -> Generator[Step, Inbox, None]:
         codec = self.request.codec
         start = len(self.request.prompt) + len(self.thoughts) + self.forced
         most = None if self.request.limit is None else self.request.limit - len(self.thoughts) - self.forced
-        tags = frozenset(i for i in map(codec.single, self.request.tags or ()) if i is not None)
+        tags = frozenset(i for tag in self.request.tags or () for i in self.unspoken(tag))
         pieces = Pieces(codec)
         while True:
             # Until something can be read, the turn may not end: an answer is never empty.
@@ -369,9 +381,8 @@ class _Run:
                 break
             piece = "" if token.id in codec.special else pieces.push(token.id)
             last = most is not None and self.answered >= most
-            if (last or self.answered >= _BLANK_TOKENS) and not (strainer.spoken or piece.strip()):
-                piece = yield from self.insist(forbid | {token.id}, start + self.answered - 1)
-                pieces = Pieces(codec)
+            if (last or self.answered >= _BLANK_TOKENS) and strainer.silent(piece):
+                pieces, piece = yield from self.insist(strainer, forbid | {token.id}, start + self.answered - 1)
             self.say(strainer.push(piece))
             if strainer.stopped:
                 break
@@ -380,16 +391,25 @@ class _Run:
                 break
         self.say(strainer.finish())
 
-    def insist(self, forbid: frozenset[int], length: int) -> Generator[Step, Inbox, str]:
+    def unspoken(self, tag: str) -> frozenset[int]:
+        """What an answer may not hold: the tag's token, or the control token that a tag of several begins with."""
+        ids = self.request.codec.encode(tag)
+        single = self.request.codec.single(tag)
+        return frozenset({single} if single is not None else self.request.codec.special.intersection(ids[:1]))
+
+    def insist(
+        self, strainer: Strainer, forbid: frozenset[int], length: int
+    ) -> Generator[Step, Inbox, tuple[Pieces, str]]:
         """An answer is about to stay blank: draw its last token again until it can be read."""
         codec = self.request.codec
         for _ in range(_BLANK_TRIES):
             self.speculated += 1
             self.ops.append(Rewind(TRUNK, length))
             token = yield from self.sample(forbid)
-            piece = "" if token.id in codec.special else Pieces(codec).push(token.id)
-            if piece.strip():
-                return piece
+            pieces = Pieces(codec)
+            piece = "" if token.id in codec.special else pieces.push(token.id)
+            if not strainer.silent(piece):
+                return pieces, piece
             forbid |= {token.id}
         raise RuntimeError(f"none of the model's {_BLANK_TRIES} likeliest tokens can be read; are its weights trained?")
 

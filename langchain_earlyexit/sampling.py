@@ -63,8 +63,8 @@ class Token:
 
 def uniform(seed: int, branch: int, position: int) -> float:
     """A number in [0, 1) that depends on nothing but its three keys (SplitMix64 over their mix)."""
-    state = seed & _MASK
-    for key in (branch, position):
+    state = 0
+    for key in (seed, branch, position):  # each mixed before the next: seed 1, branch 0 is not seed 0, branch 1
         state = (state + 0x9E3779B97F4A7C15 + key) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -94,9 +94,9 @@ def pick(
     if forbid:
         allowed = logits.copy()
         allowed[list(forbid)] = -np.inf
+        if not math.isfinite(float(allowed.max())):
+            raise ValueError("no token is left to sample: all of them are forbidden here")
     chosen = int(allowed.argmax()) if sampling.temperature == 0.0 else _draw(allowed, sampling, u)
-    if not math.isfinite(float(allowed[chosen])):
-        raise ValueError("no token is left to sample: all of them are forbidden here")
     spread = None
     if entropy:
         logp = logits.astype(np.float64) - norm
@@ -112,26 +112,25 @@ def pick(
 
 
 def _draw(logits: NDArray[np.float32], sampling: Sampling, u: float) -> int:
-    scaled = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
-    total = float(weights.sum())
-    width = len(weights)
-    if sampling.top_k:
-        width = min(width, sampling.top_k)
-    head = _descending(weights, width if width <= _HEAD or sampling.top_p == 1.0 else _HEAD)
-    if sampling.top_k:
-        total = float(weights[head].sum())
+    scaled = logits.astype(np.float64)
+    weights = np.exp((scaled - scaled.max()) / sampling.temperature)  # the likeliest weighs 1
+    if not sampling.top_k and sampling.top_p == 1.0:  # nothing to sort for
+        return _inverse(weights, np.flatnonzero(weights >= sampling.min_p), u)
+    width = min(len(weights), sampling.top_k or len(weights))
+    head = _descending(weights, width if sampling.top_k else min(width, _HEAD))
+    total = float(weights[head].sum() if sampling.top_k else weights.sum())
     if sampling.top_p < 1.0:
         if len(head) < width and float(weights[head].sum()) < sampling.top_p * total:
             head = _descending(weights, width)
         # Keep the smallest set that reaches top_p: each token whose predecessors do not reach it yet.
         before = np.cumsum(weights[head]) - weights[head]
         head = head[before < sampling.top_p * total]
-    kept = weights[head]
-    if sampling.min_p:
-        head = head[kept >= sampling.min_p * kept[0]]
-        kept = weights[head]
-    cumulative = np.cumsum(kept)
+    return _inverse(weights, head[weights[head] >= sampling.min_p], u)
+
+
+def _inverse(weights: NDArray[np.float64], head: NDArray[np.intp], u: float) -> int:
+    """The index of `head` at which the cumulative weight passes the share `u`."""
+    cumulative = np.cumsum(weights[head])
     return int(head[min(int(np.searchsorted(cumulative, u * cumulative[-1], side="right")), len(head) - 1)])
 
 

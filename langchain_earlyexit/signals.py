@@ -41,6 +41,7 @@ def trial_answer(
     codec: Codec,
     ends: frozenset[int],
     beside: Callable[[], Sample | None],
+    most: int | None = None,
 ) -> Ask:
     """Close the thinking on a fork of the trunk's first `length` tokens and decode the answer greedily.
 
@@ -53,6 +54,7 @@ def trial_answer(
         ends: ids that end a turn, or the thinking.
         beside: the trunk's own next sample, to share the pass with, or None for the trunk to wait. Its token is the
             business of whoever drives this generator.
+        most: tokens that the branch has room to sample, at least 1; None for no limit.
     """
     pieces, texts, logprobs = Pieces(codec), list[str](), list[float]()
     before: tuple[Op, ...] = (Fork(TRUNK, branch, length), Feed(branch, closing))
@@ -65,8 +67,9 @@ def trial_answer(
         before = ()
         ended = token.id in ends
         if not ended:
-            texts.append(pieces.push(token.id))
+            piece = pieces.push(token.id)
+            texts.append("" if token.id in codec.special else piece)
             logprobs.append(token.logprob)
-        answer = form.trial(texts, logprobs, ended)
+        answer = form.trial(texts, logprobs, ended or len(texts) == most)
     yield (Close(branch),)
     return Trial(answer, len(closing), len(texts) + ended)

@@ -86,9 +86,10 @@ class EndOfThinking:
 class Strainer:
     """The answer on its way out.
 
-    Think tags are taken out. A stop string ends the answer before itself, but never before something can be read: at
-    the very start it is passed over, because an answer is never empty. Text that was forced is not searched for stop
-    strings. Whitespace at both ends is dropped.
+    Think tags are taken out, also those that come to be when another is taken out of them. The stop string that is
+    complete first ends the answer before itself, but never before something can be read: at the very start it is passed
+    over, because an answer is never empty. Text that was forced is not searched for stop strings. Whitespace at both ends
+    is dropped. What passes does not depend on how the text was split.
 
     Attributes:
         spoken: whether the sampled text holds anything to read, said or held.
@@ -116,29 +117,49 @@ class Strainer:
         """Take sampled text; return what can be said now."""
         if self.stopped:
             return ""
-        held = self._held + text
-        for tag in self._tags:
-            held = held.replace(tag, "")
-        cut = self._first_stop(held)
-        if cut is not None:
-            self.stopped, self._held = True, ""
-            return self._trimmer.push(held[:cut])
-        keep = _begun(held, self._stop + self._tags)
-        free, self._held = held[: len(held) - keep], held[len(held) - keep :]
-        self._said = self._said or bool(free.strip())
-        return self._trimmer.push(free)
+        held = self._held
+        for letter in text:
+            held = self._untagged(held, letter)
+            cut = self._stops_at(held)
+            if cut is not None:
+                self.stopped, self._held = True, ""
+                return self._trimmer.push(held[:cut])
+        free = self._free(held)
+        self._held = held[free:]
+        self._said = self._said or bool(held[:free].strip())
+        return self._trimmer.push(held[:free])
+
+    def silent(self, text: str) -> bool:
+        """Whether there is nothing to read yet, and still would be nothing with `text`."""
+        if self._said:
+            return False
+        held = self._held
+        for letter in text:
+            held = self._untagged(held, letter)
+        return not held.strip()
 
     def finish(self) -> str:
         """The answer is over: what was held as the possible beginning of a stop string or a tag."""
         held, self._held = self._held, ""
         return self._trimmer.push(held)
 
-    def _first_stop(self, text: str) -> int | None:
-        found = []
-        for mark in self._stop:
-            at = text.find(mark)
-            while at >= 0 and not (self._said or text[:at].strip()):
-                at = text.find(mark, at + 1)
-            if at >= 0:
-                found.append(at)
-        return min(found, default=None)
+    def _untagged(self, held: str, letter: str) -> str:
+        held += letter
+        for tag in self._tags:
+            if held.endswith(tag):
+                return held[: -len(tag)]
+        return held
+
+    def _stops_at(self, held: str) -> int | None:
+        """Where to cut for the stop strings that `held` ends with."""
+        found = [len(held) - len(mark) for mark in self._stop if held.endswith(mark)]
+        return min((at for at in found if self._said or held[:at].strip()), default=None)
+
+    def _free(self, held: str) -> int:
+        """How much of `held` no later text can change."""
+        marks = self._stop + self._tags
+        end, free = len(held), len(held) - _begun(held, marks)
+        while inner := _begun(held[:end], self._tags):  # this may become a tag and go: what then meets is a mark too
+            end -= inner
+            free = min(free, end - _begun(held[:end], marks))
+        return free

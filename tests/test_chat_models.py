@@ -520,7 +520,7 @@ class TestAFunctionAsTheModel:
         model = scripted(
             engine.tokenizer,
             "It is 4.\n\nLet me see again: 4.\n\nStill 4.\n",
-            lambda chain: ("The answer is \\boxed{4}.", 0.99 if "again" in chain else 0.5),
+            lambda chain: ("The final answer is \\boxed{4}.", 0.99 if "again" in chain else 0.5),
         )
         llm = ChatEarlyExit(engine=engine, exit_policy=DEER(threshold=0.9), answer_form="boxed", include_checks=True)
         message = llm.invoke("2 + 2?")
