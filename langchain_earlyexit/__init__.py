@@ -12,6 +12,7 @@ from langchain_earlyexit._version import __version__
 
 if TYPE_CHECKING:
     from langchain_earlyexit.answers import BOXED, CHOICE, TEXT, AnswerForm
+    from langchain_earlyexit.callbacks import ExitCallbackHandler, get_exit_callback
     from langchain_earlyexit.chat_models import ChatEarlyExit
     from langchain_earlyexit.engines.function import FunctionEngine
     from langchain_earlyexit.policies import DEER, CoDEStop, FirstOf, Never, Policy, replay
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "answers": ("BOXED", "CHOICE", "TEXT", "AnswerForm"),
+    "callbacks": ("ExitCallbackHandler", "get_exit_callback"),
     "chat_models": ("ChatEarlyExit",),
     "engines.function": ("FunctionEngine",),
     "policies": ("DEER", "CoDEStop", "FirstOf", "Never", "Policy", "replay"),
@@ -38,6 +40,7 @@ __all__ = [
     "Check",
     "CoDEStop",
     "Decision",
+    "ExitCallbackHandler",
     "ExitRecord",
     "FirstOf",
     "FunctionEngine",
@@ -45,6 +48,7 @@ __all__ = [
     "Policy",
     "Trace",
     "__version__",
+    "get_exit_callback",
     "replay",
 ]
 

@@ -83,10 +83,7 @@ def test_torch_is_not_loaded_before_a_model_is(statement):
 
 
 def test_importing_the_package_loads_neither_transformers_nor_langchain():
-    code = (
-        "import langchain_earlyexit, sys\n"
-        "assert not {'torch', 'transformers', 'langchain_core'} & set(sys.modules)"
-    )
+    code = "import langchain_earlyexit, sys\nassert not {'torch', 'transformers', 'langchain_core'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
 
 from langchain_earlyexit import DEER, ChatEarlyExit, Check, CoDEStop, FirstOf, FunctionEngine, Never, replay
-from langchain_earlyexit.engines.function import scripted
+from langchain_earlyexit.engines.function import byte_tokenizer, scripted
 
 QUESTION = "What is 37 + 48 * 2 - 15?"
 
@@ -70,13 +70,15 @@ class TestOneCallInEveryForm:
 
     def test_v1_content_has_reasoning_and_text_as_blocks(self, llm, pocket):
         plain = llm.invoke(QUESTION)
-        v1 = ChatEarlyExit(model=pocket, exit_policy=DEER(threshold=0.9), seed=5, output_version="v1").invoke(QUESTION)
+        as_v1 = ChatEarlyExit(model=pocket, exit_policy=DEER(threshold=0.9), seed=5, output_version="v1")
+        v1 = as_v1.invoke(QUESTION)
         assert [block["type"] for block in v1.content] == ["reasoning", "text"]
         assert v1.text == plain.text
         assert [block["type"] for block in plain.content_blocks] == ["reasoning", "text"]
 
     def test_it_stands_in_a_chain(self, llm):
-        chain = ChatPromptTemplate.from_messages([("system", "You are helpful."), ("human", "What is {a} + {b}?")]) | llm
+        asked = ChatPromptTemplate.from_messages([("system", "You are helpful."), ("human", "What is {a} + {b}?")])
+        chain = asked | llm
         assert chain.invoke({"a": 41, "b": 58}).text
 
 
@@ -341,7 +343,7 @@ class TestBadInput:
             def decide(self, trace):
                 raise AssertionError
 
-        with pytest.raises(ValueError, match="p_safe.*trial_confidence"):
+        with pytest.raises(ValueError, match=r"p_safe.*trial_confidence"):
             llm.invoke(QUESTION, exit_policy=Guess())
 
 
@@ -516,12 +518,13 @@ class TestHistory:
 
 class TestAFunctionAsTheModel:
     def test_it_answers_through_the_same_chat_model(self):
-        engine = FunctionEngine(lambda ids: model(ids))
+        tokenizer = byte_tokenizer()
         model = scripted(
-            engine.tokenizer,
+            tokenizer,
             "It is 4.\n\nLet me see again: 4.\n\nStill 4.\n",
             lambda chain: ("The final answer is \\boxed{4}.", 0.99 if "again" in chain else 0.5),
         )
+        engine = FunctionEngine(model, tokenizer)
         llm = ChatEarlyExit(engine=engine, exit_policy=DEER(threshold=0.9), answer_form="boxed", include_checks=True)
         message = llm.invoke("2 + 2?")
         assert "\\boxed{4}" in message.text

@@ -1,4 +1,4 @@
-"""LangChain's own standard tests, on the pocket reasoner: the unit suite, and of the integration suite all but tools."""
+"""LangChain's own standard tests on the pocket reasoner: the unit suite, and the integration suite without tools."""
 
 import pytest
 from langchain_tests.integration_tests import ChatModelIntegrationTests

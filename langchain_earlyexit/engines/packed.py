@@ -161,7 +161,7 @@ class PackedModel:
         self._device = model.device
         self._taps = Taps(model)
         self.layers = self._taps.layers
-        self.calls = 0
+        self.calls = self.passes = 0  # of attention, and of the model: a layer that bypasses it makes a difference
 
     def new(self) -> Store:
         return Store(self.layers)
@@ -195,10 +195,11 @@ class PackedModel:
                 ).logits
         finally:
             _pass.current = None
-        self.calls = run.calls
+        self.calls += run.calls
+        self.passes += 1
         for row, (start, end, store) in zip(rows, spans, strict=True):
             store.length += end - start
-            self._taps.keep(store.states, row.layers, seen, end, store.length)
+            self._taps.keep(store.states, row.layers, seen, start, end, store.length)
         found: NDArray[np.float32] = logits[0].float().cpu().numpy()
         return list(found)
 
@@ -207,3 +208,4 @@ class PackedModel:
 
     def close(self) -> None:
         self._model = None
+        self._taps.close()

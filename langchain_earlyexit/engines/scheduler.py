@@ -169,44 +169,55 @@ class EventStream:
         """Ask the program to close its thinking at the next token and answer."""
         self._channel.answer_now = True
 
+    def _left(self) -> None:
+        """An iteration is over: at the end, by a break, an error in its body, or a task that was cancelled."""
+        if not self._channel.done:
+            self.cancel()
+
     def _took(self, was_full: bool) -> None:
         if was_full:  # the worker may be asleep, paused by this very stream
             with self._wake:
                 self._wake.notify_all()
 
     def __iter__(self) -> Iterator[Event]:
-        """Events as they come; raises what the program raised, or TimeoutError."""
+        """Events as they come; raises what the program raised, or TimeoutError. Breaking out of it cancels."""
         channel = self._channel
-        while True:
-            with channel.lock:
-                while not channel.events and not channel.done:
-                    channel.lock.wait()
-                was_full = channel.full
-                event = channel.next_nowait()
-            if event is None:
-                return
-            self._took(was_full)
-            yield event
+        try:
+            while True:
+                with channel.lock:
+                    while not channel.events and not channel.done:
+                        channel.lock.wait()
+                    was_full = channel.full
+                    event = channel.next_nowait()
+                if event is None:
+                    return
+                self._took(was_full)
+                yield event
+        finally:
+            self._left()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """As `__iter__`, on the running event loop, without a thread per stream."""
         channel = self._channel
         loop = asyncio.get_running_loop()
-        while True:
-            future = None
-            with channel.lock:
-                was_full = channel.full
-                event = channel.next_nowait()
-                if event is None:
-                    if channel.done:
-                        return
-                    future = channel.wait_async(loop)
-            if future is not None:
-                await future
-                continue
-            assert event is not None  # noqa: S101 - narrowed for the type checker
-            self._took(was_full)
-            yield event
+        try:
+            while True:
+                future = None
+                with channel.lock:
+                    was_full = channel.full
+                    event = channel.next_nowait()
+                    if event is None:
+                        if channel.done:
+                            return
+                        future = channel.wait_async(loop)
+                if future is not None:
+                    await future
+                    continue
+                assert event is not None  # noqa: S101 - narrowed for the type checker
+                self._took(was_full)
+                yield event
+        finally:
+            self._left()
 
 
 @dataclass(slots=True, eq=False)
@@ -293,34 +304,53 @@ class ScheduledEngine:
 
     def _loop(self) -> None:
         live: list[_Running] = []
+        try:
+            if not self._serve(live):
+                return
+            error: Exception = RuntimeError("the engine was closed while this request ran")
+        except BaseException as caught:  # noqa: BLE001 - whatever it is, readers must not wait for a worker that is gone
+            error = _told(caught)
+        with self._wake:
+            stopped = [*live, *self._queue]
+            self._queue.clear()
+            self._thread = None
+            self._running = 0
+        for run in stopped:
+            self._end(run, error)
+
+    def _serve(self, live: list[_Running]) -> bool:
+        """Run programs until the engine is closed (True) or has long had nothing to do (False)."""
         while True:
             with self._wake:
-                if not any(not run.channel.full or run.channel.cancelled for run in live):
-                    deadline = time.monotonic() + _IDLE_SECONDS
-                    while not self._closed and not self._queue and not self._movable(live):
-                        left = deadline - time.monotonic()
-                        if left <= 0 and not live:
-                            self._thread = None
-                            return
-                        self._wake.wait(max(left, 0.05))
+                idle_at = time.monotonic() + _IDLE_SECONDS
+                while not self._closed and not self._movable(live):
+                    if not live and time.monotonic() >= idle_at:
+                        self._thread = None
+                        return False
+                    self._wake.wait(
+                        _seconds_until([run.channel.deadline for run in (*live, *self._queue)] or [idle_at])
+                    )
                 if self._closed:
-                    stopped = [*live, *self._queue]
-                    self._queue.clear()
-                    self._thread = None
-                    break
-                self._queue = deque(run for run in self._queue if self._keep(run))
+                    return True
+                gone = [run for run in self._queue if _stopped(run.channel)]
+                self._queue = deque(run for run in self._queue if run not in gone)
                 while self._queue and len(live) < self._max_running:
                     live.append(self._queue.popleft())
                 self._running = len(live)
+            # Not with `_wake` held: an end takes the lock of a channel, whose holder may be waiting for `_wake`.
+            while gone:
+                self._keep(gone.pop())
             self._advance([run for run in live if not run.channel.full])
-            live = [run for run in live if self._keep(run)]
+            live[:] = [run for run in live if self._keep(run)]
             self._running = len(live)
-        for run in stopped:
-            self._end(run, RuntimeError("the engine was closed while this request ran"))
 
-    @staticmethod
-    def _movable(live: Sequence[_Running]) -> bool:
-        return any(not run.channel.full or run.channel.cancelled or _overdue(run.channel) for run in live)
+    def _movable(self, live: Sequence[_Running]) -> bool:
+        """Whether any program can go on, begin, or must end."""
+        return (
+            bool(self._queue and len(live) < self._max_running)
+            or any(not run.channel.full for run in live)
+            or any(_stopped(run.channel) for run in (*live, *self._queue))
+        )
 
     def _keep(self, run: _Running) -> bool:
         if run.channel.cancelled:
@@ -337,7 +367,7 @@ class ScheduledEngine:
         rows: list[Row] = []
         owners: list[tuple[_Running, _Branch, int]] = []
         for run in live:
-            if run.channel.cancelled or run.channel.done or _overdue(run.channel):
+            if _stopped(run.channel):
                 continue
             try:
                 self._until_model(run)
@@ -346,27 +376,25 @@ class ScheduledEngine:
                     if row is not None:
                         rows.append(row)
                         owners.append((run, branch, len(row.ids)))
-            except Exception as error:  # noqa: BLE001 - a failing program takes down itself only
-                self._end(run, error)
+            except BaseException as error:  # noqa: BLE001 - a failing program takes down itself only
+                self._end(run, _told(error))
         rows, owners = _of_living(rows, owners)
         if not rows:
             return
         try:
-            logits = self._model.forward(rows)
-        except Exception as error:  # noqa: BLE001 - handed to every request of the pass; the worker lives on
+            for (_, branch, fed), after in zip(owners, self._model.forward(rows), strict=True):
+                branch.cached += fed
+                branch.logits = after if branch.cached == len(branch.ids) else None
+        except BaseException as error:  # noqa: BLE001 - handed to every request of the pass; the worker lives on
             for run in {id(owner[0]): owner[0] for owner in owners}.values():
-                self._end(run, error)
-            return
-        for (_, branch, fed), after in zip(owners, logits, strict=True):
-            branch.cached += fed
-            branch.logits = after if branch.cached == len(branch.ids) else None
+                self._end(run, _told(error))
 
     def _until_model(self, run: _Running) -> None:
         """Let the program run until it waits for a pass of the model, or its reader is behind."""
         while True:
             still = [(slot, op) for slot, op in run.waiting if not self._resolve_waiting(run, slot, op)]
             run.waiting = still
-            if still or run.channel.done:
+            if still or run.channel.full or _stopped(run.channel):
                 return
             if run.started:
                 inbox = Inbox(tuple(run.results), run.channel.answer_now)
@@ -378,7 +406,11 @@ class ScheduledEngine:
                     return
             else:
                 run.started = True
-                step = next(run.program)
+                try:
+                    step = next(run.program)
+                except StopIteration:
+                    self._end(run, None)
+                    return
             if step.events:
                 run.channel.put(step.events)
             run.results = [None] * len(step.ops)
@@ -392,6 +424,8 @@ class ScheduledEngine:
         """Ops that need no pass of the model."""
         branches = run.branches
         if isinstance(op, Open):
+            if not op.ids:
+                raise ValueError("a branch must be opened with at least one token")
             branches[op.branch] = _Branch(op.branch, op.seed, op.layers, list(op.ids), self._model.new())
         elif isinstance(op, Feed):
             branches[op.branch].ids.extend(op.ids)
@@ -429,6 +463,8 @@ class ScheduledEngine:
     def _resolve_waiting(self, run: _Running, slot: int, op: Sample | Hidden) -> bool:
         branch = run.branches[op.branch]
         if isinstance(op, Hidden):
+            if not 0 <= op.position < len(branch.ids):
+                raise ValueError(f"no token {op.position} on a branch that has {len(branch.ids)}")
             if branch.cached <= op.position:
                 return False
             run.results[slot] = self._model.hidden(branch.cache, op.position)
@@ -462,6 +498,27 @@ def _of_living(
 
 def _overdue(channel: _Channel) -> bool:
     return channel.deadline is not None and time.monotonic() > channel.deadline
+
+
+def _stopped(channel: _Channel) -> bool:
+    return channel.cancelled or channel.done or _overdue(channel)
+
+
+def _seconds_until(deadlines: Sequence[float | None]) -> float | None:
+    """Until the first of them; None if there is none: then only a notification ends the wait."""
+    first = min((deadline for deadline in deadlines if deadline is not None), default=None)
+    return None if first is None else max(0.0, first - time.monotonic()) + 0.001
+
+
+def _told(error: BaseException) -> Exception:
+    """`error` for a reader, without the scheduler's own frame: that would keep the caches of a whole pass alive."""
+    if not isinstance(error, Exception):  # an exit or a cancellation is not the reader's
+        told = RuntimeError(f"the request was ended by {type(error).__name__}: {error}")
+        told.__cause__ = error
+        return told
+    if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+        error.__traceback__ = error.__traceback__.tb_next
+    return error
 
 
 def _work(engine: ScheduledEngine) -> None:

@@ -44,10 +44,13 @@ class SeparateModel:
 
     Args:
         model: the causal LM, in eval mode.
+        one_by_one: feed single tokens to a cache that holds some already: there are recurrent layers that go on from
+            their state by one token only.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, one_by_one: bool = False) -> None:
         self._model: Any = model
+        self._one_by_one = one_by_one
         self._device = model.device
         self._taps = Taps(model)
 
@@ -66,7 +69,14 @@ class SeparateModel:
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
-        return [self._forward(row) for row in rows]
+        return [self._go_on(row) for row in rows]
+
+    def _go_on(self, row: Row) -> NDArray[np.float32]:
+        if self._one_by_one and row.cache.cache is not None:
+            for i in row.ids[:-1]:
+                self._forward(Row(row.cache, [i], row.layers))
+            row = Row(row.cache, row.ids[-1:], row.layers)
+        return self._forward(row)
 
     def _forward(self, row: Row) -> NDArray[np.float32]:
         branch: _Branch = row.cache
@@ -80,7 +90,7 @@ class SeparateModel:
             )
         branch.cache = out.past_key_values
         branch.ids.extend(row.ids)
-        self._taps.keep(branch.states, row.layers, seen, len(ids), len(branch.ids))
+        self._taps.keep(branch.states, row.layers, seen, 0, len(ids), len(branch.ids))
         logits: NDArray[np.float32] = out.logits[0, -1].float().cpu().numpy()
         return logits
 
@@ -89,3 +99,4 @@ class SeparateModel:
 
     def close(self) -> None:
         self._model = None
+        self._taps.close()

@@ -26,6 +26,10 @@ class Taps:
         found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.layers]
         self._blocks: Sequence[nn.Module] = list(found[0]) if found else ()
 
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._blocks = ()
+
     def block(self, depth: float) -> int:
         """The block whose output stands for a relative depth: 0.5 of 32 layers is the output of the 16th."""
         if not self._blocks:
@@ -50,16 +54,18 @@ class Taps:
             for handle in handles:
                 handle.remove()
 
-    def keep(self, states: States, depths: Sequence[float], seen: dict[int, Tensor], end: int, length: int) -> None:
-        """Add the states of a row that ends at index `end` of the pass and at token `length` of its branch.
+    def keep(
+        self, states: States, depths: Sequence[float], seen: dict[int, Tensor], start: int, end: int, length: int
+    ) -> None:
+        """Add the states of a row: `start` to `end` of the pass, and up to token `length` of its branch.
 
         `states` then holds at most the last `KEPT` positions.
         """
         if not depths:
             return
-        first = max(0, end - KEPT)
+        first = max(start, end - KEPT)
         taken = torch.stack([seen[self.block(depth)][0, first:end] for depth in depths]).float().cpu().numpy()
-        for back in range(1, min(taken.shape[1], length) + 1):
+        for back in range(1, taken.shape[1] + 1):
             states[length - back] = taken[:, -back]
         forget(states, below=length - KEPT)
 
