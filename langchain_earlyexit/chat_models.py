@@ -9,13 +9,15 @@ import uuid
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.callbacks.manager import ahandle_event, handle_event
-from langchain_core.language_models import BaseChatModel, LangSmithParams, ModelProfile
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import get_config_list
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 
 from langchain_earlyexit._version import __version__
@@ -46,6 +48,9 @@ EFFORT_BUDGETS: Mapping[str, int] = {
 _ANSWER_RESERVE = 256
 _CUE_GAP = 8
 """Tokens between two checks at least: "Wait, let me check" is one doubt, and is looked into once."""
+
+_BATCH_WIDTH = 64
+"""Calls of one `batch` in flight: as many as the local engine runs at once."""
 
 _LOOKS = ("parallel", "wait")
 _FROM_CORE = frozenset({"stream", "ls_structured_output_format", "structured_output_format"})
@@ -331,6 +336,21 @@ class ChatEarlyExit(BaseChatModel):
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return list(self._bind().codec.encode(text))
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """As every runnable's, but many questions wait for the model at once, not a handful: they share its passes.
+
+        `config["max_concurrency"]` sets how many, as usual.
+        """
+        wide = [{"max_concurrency": _BATCH_WIDTH, **one} for one in get_config_list(config, len(inputs))]
+        return super().batch(inputs, cast("list[RunnableConfig]", wide), return_exceptions=return_exceptions, **kwargs)
 
     # --- the engine -------------------------------------------------------------------------------------------------
 

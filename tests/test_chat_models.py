@@ -531,3 +531,24 @@ class TestAFunctionAsTheModel:
         assert message.additional_kwargs["reasoning_content"] == "It is 4.\n\nLet me see again: 4."
         assert [Check.from_dict(check).answer for check in record(message)["trace"]["checks"]] == ["4", "4"]
         assert record(message)["engine"] == "function"
+
+
+class TestBatches:
+    def test_a_batch_shares_forward_passes(self):
+        tokenizer = byte_tokenizer()
+        model = scripted(tokenizer, "It is 4.\n", "The answer is 4.")
+        engine = FunctionEngine(model, tokenizer)
+        widest = []
+        forward = engine._model.forward
+        engine._model.forward = lambda rows: (widest.append(len(rows)), forward(rows))[1]
+        ChatEarlyExit(engine=engine).batch(["2 + 2?"] * 24)
+        assert max(widest) > 12
+
+    def test_max_concurrency_is_still_the_caller_s(self):
+        tokenizer = byte_tokenizer()
+        engine = FunctionEngine(scripted(tokenizer, "It is 4.\n", "The answer is 4."), tokenizer)
+        widest = []
+        forward = engine._model.forward
+        engine._model.forward = lambda rows: (widest.append(len(rows)), forward(rows))[1]
+        ChatEarlyExit(engine=engine).batch(["2 + 2?"] * 8, config={"max_concurrency": 2})
+        assert max(widest) <= 2

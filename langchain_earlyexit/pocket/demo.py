@@ -55,7 +55,7 @@ def ask(llm: ChatEarlyExit, problem: Problem, policy: Policy, seed: int) -> Run:
 def main(count: int = _QUESTIONS) -> None:
     """Print the demonstration."""
     warnings.filterwarnings("ignore", message="CoDEStop's tau")  # said in words below
-    policies = {"full": Never(), "DEER": DEER(threshold=0.95), "CoDE-Stop": CoDEStop()}
+    policies: dict[str, Policy] = {"full": Never(), "DEER": DEER(threshold=0.95), "CoDE-Stop": CoDEStop()}
     with ChatEarlyExit(model="pocket") as llm:
         print("The bundled pocket reasoner (a tiny model trained from scratch; it does small arithmetic only).\n")
         print(f"One question, streamed, {policies['DEER']!r}:\n\n  {_FIRST}\n")
