@@ -24,7 +24,9 @@ class Codec:
         self._tokenizer = tokenizer
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self.eos: frozenset[int] = frozenset(own + extra_eos)
-        self.special: frozenset[int] = frozenset(int(i) for i in tokenizer.all_special_ids)
+        # Added tokens that are special need not be among the named ones: Harmony's headers are not.
+        added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.special: frozenset[int] = frozenset(map(int, (*tokenizer.all_special_ids, *added)))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of trusted text: control tokens in it become control tokens."""

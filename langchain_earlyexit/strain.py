@@ -87,9 +87,9 @@ class Strainer:
     """The answer on its way out.
 
     Think tags are taken out, also those that come to be when another is taken out of them. The stop string that is
-    complete first ends the answer before itself, but never before something can be read: at the very start it is passed
-    over, because an answer is never empty. Text that was forced is not searched for stop strings. Whitespace at both ends
-    is dropped. What passes does not depend on how the text was split.
+    complete first ends the answer before itself, but never before something can be read: at the very start it is
+    passed over, because an answer is never empty. Text that was forced is not searched for stop strings. Whitespace at
+    both ends is dropped. What passes does not depend on how the text was split.
 
     Attributes:
         spoken: whether the sampled text holds anything to read, said or held.

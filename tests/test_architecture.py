@@ -15,7 +15,7 @@ ROOMS = {
     "policies": 1, "budgets": 1,
     "codec": 2, "strain": 2, "engines": 2,
     "signals": 3, "controller": 3,
-    "messages": 4, "record": 4,
+    "messages": 4, "record": 4, "settings": 4, "binding": 4, "replies": 4,
     "chat_models": 5, "callbacks": 5,
     "graph": 6, "middleware": 6, "lab": 6, "pocket.*": 6,
     "cli": 7,

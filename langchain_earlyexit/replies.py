@@ -1,0 +1,142 @@
+"""From the events of a running call to what LangChain hears: chunks, a whole message, custom events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks.manager import ahandle_event, handle_event
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGeneration, ChatResult
+
+from langchain_earlyexit.controller import Request
+from langchain_earlyexit.engines.program import Answer, Checked, Done, Event, Stream, Thought
+from langchain_earlyexit.record import KEY, ExitRecord
+
+
+@dataclass(slots=True)
+class Call:
+    """One running request.
+
+    Attributes:
+        request: what runs.
+        stream: its events.
+        id: the id of the message and of all its chunks.
+        model: the name that metadata carry.
+        engine: the engine's name.
+        include_checks: whether the record holds the trace.
+        record: how it ended, once it has.
+    """
+
+    request: Request
+    stream: Stream
+    id: str
+    model: str
+    engine: str
+    include_checks: bool
+    record: ExitRecord | None = None
+    _thinking: list[str] = field(default_factory=list)
+    _answer: list[str] = field(default_factory=list)
+    _last: dict[str, Any] | None = None
+
+    def take(self, event: Event) -> None:
+        """Add an event to the whole."""
+        if isinstance(event, Thought):
+            self._thinking.append(event.text)
+        elif isinstance(event, Answer):
+            self._answer.append(event.text)
+        elif isinstance(event, Done):
+            self._last = self._close(event)
+
+    def chunk(self, event: Event) -> AIMessageChunk | None:
+        """What a reader of the stream gets for an event that was taken."""
+        if isinstance(event, Thought):
+            return AIMessageChunk(content="", additional_kwargs={"reasoning_content": event.text}, id=self.id)
+        if isinstance(event, Answer):
+            return AIMessageChunk(content=event.text, id=self.id)
+        if isinstance(event, Done) and self._last is not None:
+            return AIMessageChunk(content="", id=self.id, chunk_position="last", **self._last)
+        return None
+
+    def result(self) -> ChatResult:
+        """The whole call: what `invoke` returns is the sum of what `stream` yields.
+
+        Raises:
+            RuntimeError: the call was stopped before it was done.
+        """
+        if self._last is None:
+            raise RuntimeError("the call was stopped before it was done")
+        last = dict(self._last)
+        if self._thinking:
+            last["additional_kwargs"] = {"reasoning_content": "".join(self._thinking), **last["additional_kwargs"]}
+        message = AIMessage(content="".join(self._answer), id=self.id, **last)
+        return ChatResult(generations=[ChatGeneration(message=message)], llm_output={"model_name": self.model})
+
+    def _close(self, done: Done) -> dict[str, Any]:
+        """What is said once, at the end. Repeated over chunks, floats and booleans would not merge."""
+        self.record = ExitRecord.of(
+            done,
+            policy=repr(self.request.policy),
+            budget=self.request.budget,
+            engine=self.engine,
+            include_checks=self.include_checks,
+            shadow=self.request.shadow,
+        )
+        return {
+            "usage_metadata": self.record.usage(done.prompt_tokens),
+            "response_metadata": {
+                "model_name": self.model,
+                "model_provider": "earlyexit",
+                "finish_reason": done.finish_reason,
+                "seed": done.seed,
+                KEY: self.record.to_dict(),
+            },
+            "additional_kwargs": {KEY: self.record.to_dict()},
+        }
+
+    def custom(self, event: Event) -> tuple[str, dict[str, Any]] | None:
+        """Name and data of the custom event for an event that was taken, if it has one."""
+        if isinstance(event, Checked):
+            decision = event.decision
+            return "early_exit.check", {
+                **event.check.to_dict(),
+                "exit": decision.exit,
+                "exits": event.exits,
+                "reason": decision.reason,
+                "score": decision.score,
+            }
+        if isinstance(event, Done) and self.record is not None:
+            return "early_exit.exit", self.record.to_dict()
+        return None
+
+
+def tell(manager: CallbackManagerForLLMRun | None, custom: tuple[str, dict[str, Any]] | None) -> None:
+    """Send a custom event under the model's own run, wherever core hands over a run manager.
+
+    Core's public `dispatch_custom_event` names the parent run, and fails where there is none.
+    """
+    if manager is not None and custom is not None:
+        handle_event(
+            manager.handlers,
+            "on_custom_event",
+            "ignore_custom_event",
+            *custom,
+            run_id=manager.run_id,
+            tags=manager.tags,
+            metadata=manager.metadata,
+        )
+
+
+async def atell(manager: AsyncCallbackManagerForLLMRun | None, custom: tuple[str, dict[str, Any]] | None) -> None:
+    """As `tell`, for async handlers."""
+    if manager is not None and custom is not None:
+        await ahandle_event(
+            manager.handlers,
+            "on_custom_event",
+            "ignore_custom_event",
+            *custom,
+            run_id=manager.run_id,
+            tags=manager.tags,
+            metadata=manager.metadata,
+        )

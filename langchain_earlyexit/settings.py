@@ -1,0 +1,172 @@
+"""The settings a call may change: the constructor's, with the call's over them, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from langchain_earlyexit.answers import FORMS, AnswerForm
+from langchain_earlyexit.policies import Policy, policy_from_name
+from langchain_earlyexit.sampling import Sampling
+
+EFFORT_BUDGETS: Mapping[str, int] = {
+    "none": 0,
+    "minimal": 256,
+    "low": 1024,
+    "medium": 4096,
+    "high": 12288,
+    "xhigh": 24576,
+    "max": -1,
+}
+"""`reasoning_effort` as a cap on thinking tokens (-1: no cap)."""
+
+BUDGET_NAMES = ("thinking_budget", "thinking_token_budget", "reasoning_budget")
+
+_LOOKS = ("parallel", "wait")
+_FROM_CORE = frozenset({"stream", "ls_structured_output_format", "structured_output_format"})
+_NOT_YET = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format", "strict"})
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See the fields of `ChatEarlyExit`, which have the same names and meanings."""
+
+    exit_policy: Policy | None = None
+    confidence: float | None = None
+    thinking_budget: int | None = None
+    thinking_budget_message: str | None = None
+    reasoning_effort: str | None = None
+    answer_form: str | AnswerForm = "auto"
+    answer_reserve: int | None = None
+    max_tokens: int | None = None
+    reuse_trial_answer: bool = False
+    look: str = "parallel"
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    shadow: bool = False
+    include_checks: bool = False
+    include_history_reasoning: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def budget(self) -> int | None:
+        """Cap on thinking tokens, however it was said; None: no cap, 0: no thinking."""
+        named = None if self.reasoning_effort is None else EFFORT_BUDGETS[self.reasoning_effort]
+        cap = self.thinking_budget if named is None else named
+        return None if cap == -1 else cap
+
+    def sampling(self, defaults: Mapping[str, Any]) -> Sampling:
+        """What was asked for, over `defaults`."""
+        chosen = {name: value for name, value in defaults.items() if name in _SAMPLING and value is not None}
+        chosen.update({name: value for name in _SAMPLING if (value := getattr(self, name)) is not None})
+        if "top_k" in chosen:
+            chosen["top_k"] = int(chosen["top_k"])
+        return Sampling(**chosen)
+
+    def over(self, stop: Sequence[str] | None, keywords: Mapping[str, Any], model: str) -> Settings:
+        """These settings with a call's over them.
+
+        Args:
+            stop: the call's own stop strings.
+            keywords: the call's keywords, core's own among them.
+            model: the model's name, which a call may repeat but not change.
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: a value, or two together, that cannot be meant.
+            NotImplementedError: tools or structured output.
+        """
+        given = {name: value for name, value in keywords.items() if name not in _FROM_CORE}
+        asked = sorted(name for name in set(given) & _NOT_YET if given[name])
+        if asked:
+            raise NotImplementedError(f"{', '.join(asked)}: tools and structured output are not part of this version")
+        for name in _NOT_YET:
+            given.pop(name, None)
+        only_one(given, BUDGET_NAMES)
+        for name in BUDGET_NAMES[1:]:
+            if name in given:
+                given["thinking_budget"] = given.pop(name)
+        if given.pop("model", model) != model:
+            raise ValueError(f"model={keywords['model']!r} cannot be swapped in per call; this one is {model!r}")
+        unknown = sorted(set(given) - set(NAMES))
+        if unknown:
+            raise TypeError(f"unknown keyword(s) for ChatEarlyExit: {', '.join(unknown)}; known are {', '.join(NAMES)}")
+        if stop is not None:
+            given["stop"] = stop
+        if "stop" in given:
+            given["stop"] = as_stop(given["stop"])
+        if "exit_policy" in given:
+            given["exit_policy"] = as_policy(given["exit_policy"])
+        # A budget and a name for one: the nearer to the call counts. Both in the same call are refused as a pair.
+        if "thinking_budget" in given and "reasoning_effort" not in given:
+            given["reasoning_effort"] = None
+        if "reasoning_effort" in given and "thinking_budget" not in given:
+            given["thinking_budget"] = None
+        return replace(self, **given)
+
+
+NAMES = tuple(f.name for f in fields(Settings))
+
+
+def only_one(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse two names for one setting."""
+    both = [name for name in names if name in given]
+    if len(both) > 1:
+        raise ValueError(f"{' and '.join(both)} are names for the same setting; give one")
+
+
+def as_stop(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop strings as a tuple; one string is one of them, not its letters."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def as_policy(value: Any) -> Policy | None:
+    """A policy, or the one of that name."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return policy_from_name(value)
+    if isinstance(value, type) or not isinstance(value, Policy):
+        raise ValueError(
+            f"exit_policy must be a policy such as DEER(threshold=0.95), or the name of one; got {value!r}"
+        )
+    return value
+
+
+def _check(s: Settings) -> None:
+    if s.confidence is not None:
+        raise ValueError(
+            f"confidence={s.confidence} needs a calibration of this model and policy, and none is loaded. Set "
+            "exit_policy with a threshold of its own, for example DEER(threshold=0.95), which promises nothing"
+        )
+    if s.thinking_budget is not None and s.thinking_budget < -1:
+        raise ValueError(f"thinking_budget must be -1 (no cap), 0 (no thinking) or a cap, not {s.thinking_budget}")
+    if s.reasoning_effort is not None:
+        if s.reasoning_effort not in EFFORT_BUDGETS:
+            raise ValueError(f"unknown reasoning_effort {s.reasoning_effort!r}; known are {', '.join(EFFORT_BUDGETS)}")
+        if s.thinking_budget is not None:
+            raise ValueError(
+                f"reasoning_effort={s.reasoning_effort!r} and thinking_budget={s.thinking_budget} both cap the "
+                "thinking; give one"
+            )
+    if s.look not in _LOOKS:
+        raise ValueError(f"look must be one of {', '.join(_LOOKS)}; got {s.look!r}")
+    if s.max_tokens is not None and s.max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {s.max_tokens}")
+    if s.answer_reserve is not None and s.answer_reserve < 1:
+        raise ValueError(f"answer_reserve must be at least 1, not {s.answer_reserve}: an answer is never empty")
+    if s.answer_reserve is not None and s.max_tokens is not None and s.answer_reserve > s.max_tokens:
+        raise ValueError(f"answer_reserve={s.answer_reserve} is more than max_tokens={s.max_tokens}")
+    if not isinstance(s.answer_form, AnswerForm) and s.answer_form not in ("auto", *FORMS):
+        raise ValueError(f"unknown answer_form {s.answer_form!r}; known are auto, {', '.join(FORMS)}")
+    if any(not mark for mark in s.stop):
+        raise ValueError("a stop string must not be empty")
+    s.sampling({})
