@@ -112,6 +112,8 @@ class ChatEarlyExit(BaseChatModel):
     _bound: Binding | None = PrivateAttr(default=None)
     _calls: dict[str, Stream] = PrivateAttr(default_factory=dict)
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
+    # Held for as long as weights load: nothing that an event loop runs may ever wait for it.
+    _loading: Any = PrivateAttr(default_factory=threading.Lock)
 
     # --- construction -----------------------------------------------------------------------------------------------
 
@@ -227,7 +229,10 @@ class ChatEarlyExit(BaseChatModel):
 
     def _bind(self) -> Binding:
         """The engine, loaded at the first call. Blocking: from async code it runs in a thread."""
-        with self._lock:
+        bound = self._bound
+        if bound is not None:
+            return bound
+        with self._loading:
             if self._bound is None:
                 self._bound = Binding.of(self._load() if isinstance(self.engine, str) else self.engine)
             return self._bound
@@ -247,8 +252,9 @@ class ChatEarlyExit(BaseChatModel):
 
     def close(self) -> None:
         """Stop this model's calls. Weights go when no other model in the process uses them. A later call loads anew."""
-        with self._lock:
+        with self._loading:
             bound, self._bound = self._bound, None
+        with self._lock:
             calls = list(self._calls.values())
         for call in calls:
             call.cancel()
