@@ -9,7 +9,7 @@ import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self, cast
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseRunManager, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
@@ -30,6 +30,9 @@ from langchain_earlyexit.settings import BUDGET_NAMES, EFFORT_BUDGETS, NAMES, Se
 
 _BATCH_WIDTH = 64
 """Calls of one `batch` in flight: as many as the local engine runs at once."""
+
+_GATHERED = 64
+"""Events that wait before the reader of a whole call is woken."""
 
 
 class ChatEarlyExit(BaseChatModel):
@@ -357,6 +360,7 @@ class ChatEarlyExit(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = self._start(messages, stop, kwargs)
+        _gather(call, run_manager)
         try:
             for event in call.stream:
                 call.take(event)
@@ -373,6 +377,7 @@ class ChatEarlyExit(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = await self._astart(messages, stop, kwargs)
+        _gather(call, run_manager)
         try:
             async for event in call.stream:
                 call.take(event)
@@ -393,6 +398,12 @@ class ChatEarlyExit(BaseChatModel):
     def _forget(self, starting: asyncio.Future[Call]) -> None:
         if not starting.cancelled() and starting.exception() is None:
             self._end(starting.result())
+
+
+def _gather(call: Call, manager: BaseRunManager | None) -> None:
+    """Where nobody listens to single events, a thread need not be woken for each of them."""
+    if manager is None or not manager.handlers:
+        call.stream.gather(_GATHERED)
 
 
 _warned = threading.Event()

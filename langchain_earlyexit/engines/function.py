@@ -80,14 +80,17 @@ def scripted(
 
     def next_logits(ids: Sequence[int]) -> NDArray[np.float32]:
         text = tokenizer.decode(list(ids), skip_special_tokens=False)
-        turn = text[text.rfind("<|im_start|>assistant\n") :]
+        turn = text[max(0, text.rfind("<|im_start|>assistant\n")) :]
         _, opened, chain = turn.partition(start_of_thinking)
         done, closed, after = chain.partition(end_of_thinking)
         if opened and not closed:
-            rest = thinking[len(done.lstrip("\n")) :] if thinking.startswith(done.lstrip("\n")) else ""
-            return peaked((encode(rest) or encode(end_of_thinking))[0], 1.0)
+            so_far = done.lstrip("\n")
+            rest = thinking[len(so_far) :] if thinking.startswith(so_far) else ""
+            if not rest:  # a tag of several tokens may have been begun
+                rest = end_of_thinking[_overlap(so_far, end_of_thinking) :]
+            return peaked(encode(rest)[0], 1.0)
         said, probability = (answer, 1.0) if isinstance(answer, str) else answer(done)
-        written = after.lstrip("\n")
+        written = (after if opened else turn).lstrip("\n")
         start = _overlap(written, said)
         rest = said[start:]
         return peaked(encode(rest)[0] if rest else eos, probability)

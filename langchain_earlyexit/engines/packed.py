@@ -21,7 +21,17 @@ from langchain_earlyexit.engines.taps import States, Taps, forget, read
 
 NAME = "earlyexit_packed"
 _GROW = 64
-_IGNORED = frozenset({"dropout", "is_causal", "position_ids", "cache_position", "position_embeddings", "use_cache"})
+_IGNORED = frozenset(
+    {
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "cache_position",
+        "position_embeddings",
+        "use_cache",
+        "output_router_logits",
+    }
+)
 """Attention keywords that change nothing here: inference has no dropout, and order follows from the store."""
 
 _pass = threading.local()
@@ -30,7 +40,7 @@ _pass = threading.local()
 class Store:
     """Keys and values of one branch: per layer two tensors [heads, capacity, size], `length` tokens filled."""
 
-    __slots__ = ("keys", "length", "states", "values")
+    __slots__ = ("__weakref__", "keys", "length", "states", "values")
 
     def __init__(self, layers: int) -> None:
         self.length = 0

@@ -192,6 +192,9 @@ class Stream(Protocol):
     def answer_now(self) -> None:
         """Ask the program to close its thinking at the next token and answer."""
 
+    def gather(self, events: int) -> None:
+        """Wake the reader only when so many events wait for it, or the end: for readers who want the whole."""
+
 
 @runtime_checkable
 class Engine(Protocol):

@@ -99,6 +99,7 @@ class _Channel:
         self.error: BaseException | None = None
         self.cancelled = False
         self.answer_now = False
+        self.patience = 1
         self.deadline = deadline
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
@@ -109,7 +110,8 @@ class _Channel:
     def put(self, events: Sequence[Event]) -> None:
         with self.lock:
             self.events.extend(events)
-            self._notify()
+            if len(self.events) >= self.patience:
+                self._notify()
 
     def finish(self, error: BaseException | None = None) -> None:
         with self.lock:
@@ -168,6 +170,10 @@ class EventStream:
     def answer_now(self) -> None:
         """Ask the program to close its thinking at the next token and answer."""
         self._channel.answer_now = True
+
+    def gather(self, events: int) -> None:
+        """Wake the reader only when so many events wait for it, or the end: for readers who want the whole."""
+        self._channel.patience = min(events, STREAM_BOUND)
 
     def _left(self) -> None:
         """An iteration is over: at the end, by a break, an error in its body, or a task that was cancelled."""

@@ -15,7 +15,7 @@ from langchain_earlyexit.engines.taps import States, Taps, forget, read
 
 
 class _Branch:
-    __slots__ = ("cache", "ids", "states")
+    __slots__ = ("__weakref__", "cache", "ids", "states")
 
     def __init__(self) -> None:
         self.cache: Any = None
@@ -51,6 +51,7 @@ class SeparateModel:
     def __init__(self, model: Any, *, one_by_one: bool = False) -> None:
         self._model: Any = model
         self._one_by_one = one_by_one
+        self._cache_name = "past_key_values"
         self._device = model.device
         self._taps = Taps(model)
 
@@ -84,11 +85,13 @@ class SeparateModel:
         with self._taps.watch(row.layers) as seen:
             out = self._model(
                 input_ids=torch.tensor([ids], device=self._device),
-                past_key_values=branch.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **({} if branch.cache is None else {self._cache_name: branch.cache}),
             )
-        branch.cache = out.past_key_values
+        if "past_key_values" not in out:  # Mamba has a name of its own for it
+            self._cache_name = "cache_params"
+        branch.cache = out[self._cache_name]
         branch.ids.extend(row.ids)
         self._taps.keep(branch.states, row.layers, seen, 0, len(ids), len(branch.ids))
         logits: NDArray[np.float32] = out.logits[0, -1].float().cpu().numpy()

@@ -1,0 +1,111 @@
+"""The offline half: statistics, the card, and the comparison with generate()."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_earlyexit import Check, Trace
+from langchain_earlyexit.lab.statistics import auroc, paired_bootstrap
+from langchain_earlyexit.pocket.card import Outcome, choose_threshold, markdown
+from langchain_earlyexit.pocket.problems import Problem
+
+
+class TestAUROC:
+    def test_perfect_order_is_one_reversed_is_zero_and_all_ties_are_a_half(self):
+        assert auroc([0.1, 0.2, 0.8, 0.9], [False, False, True, True]) == 1
+        assert auroc([0.9, 0.8, 0.2, 0.1], [False, False, True, True]) == 0
+        assert auroc([0.5] * 4, [False, False, True, True]) == 0.5
+
+    def test_one_class_alone_has_none(self):
+        assert math.isnan(auroc([0.1, 0.2], [True, True]))
+
+    @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))
+    def test_it_is_the_share_of_pairs_in_order(self, rows):
+        positives = [score for score, truth in rows if truth]
+        negatives = [score for score, truth in rows if not truth]
+        if not positives or not negatives:
+            return
+        pairs = [(p > n) + 0.5 * (p == n) for p in positives for n in negatives]
+        assert auroc(*zip(*rows, strict=True)) == pytest.approx(sum(pairs) / len(pairs))
+
+
+class TestPairedBootstrap:
+    def test_the_interval_holds_the_mean_and_shrinks_with_the_number_of_questions(self):
+        rng = np.random.default_rng(0)
+        few = rng.normal(0.1, 1, 100)
+        many = rng.normal(0.1, 1, 10_000)
+        mean, low, high = paired_bootstrap(few, np.zeros(100), draws=2000)
+        assert low < mean < high
+        _, tighter_low, tighter_high = paired_bootstrap(many, np.zeros(10_000), draws=500)
+        assert tighter_high - tighter_low < (high - low) / 5
+
+    def test_it_covers_the_truth_about_as_often_as_it_says(self):
+        rng = np.random.default_rng(1)
+        covered = 0
+        for seed in range(200):
+            ours, theirs = rng.random(150) < 0.7, rng.random(150) < 0.6
+            _, low, high = paired_bootstrap(ours, theirs, draws=400, seed=seed)
+            covered += low <= 0.1 <= high
+        assert 0.89 <= covered / 200 <= 0.99
+
+    def test_unpaired_samples_are_refused(self):
+        with pytest.raises(ValueError, match="got 2 and 3"):
+            paired_bootstrap([1, 2], [1, 2, 3])
+
+
+def outcome(gold, full, *looks):
+    """A question with its full answer, and a (answer, confidence) for each check."""
+    trace = Trace(tuple(Check(10 * i + 1, "wait", {"trial_confidence": c}, answer=a) for i, (a, c) in enumerate(looks)))
+    problem = Problem(question="?", answer=gold, family="add2", level="easy")
+    return Outcome(problem, full, 100, {"trace": trace.to_dict(), "thinking_tokens": 90, "reason": "natural"})
+
+
+class TestChoosingAThreshold:
+    def test_the_lowest_that_keeps_accuracy_is_taken(self):
+        sure_when_right = [outcome("4", "4", ("4", 0.96)) for _ in range(10)]
+        wrong_when_unsure = [outcome("4", "4", ("5", 0.82), ("4", 0.97)) for _ in range(10)]
+        assert choose_threshold(sure_when_right) == 0.5
+        assert choose_threshold(sure_when_right + wrong_when_unsure) == 0.85
+
+    def test_where_none_does_the_highest_is_taken(self):
+        assert choose_threshold([outcome("4", "4", ("5", 1.0))]) == 0.999
+
+
+def test_the_card_names_every_arm_and_family():
+    card = {
+        "questions": {"dev": 1, "test": 2},
+        "sampling": "temperature 0.6",
+        "arms": {
+            "full thinking": {
+                "accuracy": 0.9,
+                "accuracy_gap": {"mean": 0.0, "low": 0.0, "high": 0.0},
+                "output_tokens": 100.0,
+                "saved": 0.0,
+                "thinking_tokens": 90.0,
+                "reasons": {"natural": 2},
+            }
+        },
+        "families": {
+            "add2": {"level": "easy", "questions": 2, "full": 1, "none": 0, "early": 1, "thinking_tokens": 90}
+        },
+        "thinking_tokens": {"right": 1.0, "wrong": 2.0},
+        "checks": 3.0,
+        "auroc": dict.fromkeys(
+            ["all_checks_same_as_full", "all_checks_right", "first_check_same_as_full", "first_check_right"], 0.9
+        ),
+        "minutes": 1.0,
+    }
+    said = markdown(card)
+    assert "| full thinking | 0.900 |" in said
+    assert "| add2 | easy |" in said
+
+
+def test_the_comparison_with_generate_times_both_sides(pocket):
+    from langchain_earlyexit.lab.bench import against_generate
+
+    speed = against_generate(pocket, rounds=1, progress=False)
+    assert len(speed.ours) == len(speed.theirs) == 1
+    assert speed.ratio > 0.2
