@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from langchain_earlyexit.callbacks import ExitCallbackHandler, get_exit_callback
     from langchain_earlyexit.chat_models import ChatEarlyExit
     from langchain_earlyexit.engines.function import FunctionEngine
-    from langchain_earlyexit.policies import DEER, CoDEStop, FirstOf, Never, Policy, replay
+    from langchain_earlyexit.policies import (
+        DEER,
+        EAT,
+        AnswerConvergence,
+        CoDEStop,
+        FirstOf,
+        Never,
+        Policy,
+        ThinkBrake,
+        replay,
+    )
     from langchain_earlyexit.record import ExitRecord
     from langchain_earlyexit.trace import Check, Decision, Trace
 
@@ -24,7 +34,7 @@ _HOMES = {
     "callbacks": ("ExitCallbackHandler", "get_exit_callback"),
     "chat_models": ("ChatEarlyExit",),
     "engines.function": ("FunctionEngine",),
-    "policies": ("DEER", "CoDEStop", "FirstOf", "Never", "Policy", "replay"),
+    "policies": ("DEER", "EAT", "AnswerConvergence", "CoDEStop", "FirstOf", "Never", "Policy", "ThinkBrake", "replay"),
     "record": ("ExitRecord",),
     "trace": ("Check", "Decision", "Trace"),
 }
@@ -34,7 +44,9 @@ __all__ = [
     "BOXED",
     "CHOICE",
     "DEER",
+    "EAT",
     "TEXT",
+    "AnswerConvergence",
     "AnswerForm",
     "ChatEarlyExit",
     "Check",
@@ -46,6 +58,7 @@ __all__ = [
     "FunctionEngine",
     "Never",
     "Policy",
+    "ThinkBrake",
     "Trace",
     "__version__",
     "get_exit_callback",

@@ -78,7 +78,7 @@ class ChatEarlyExit(BaseChatModel):
     """Seconds for one whole call, waiting in line included; past it TimeoutError is raised and the call is stopped."""
 
     exit_policy: Any = None
-    """A policy, or its name ("never", "deer", "codestop"); None never exits."""
+    """A policy, or its name ("never", "deer", "codestop", "convergence", "eat", "thinkbrake"); None never exits."""
     confidence: float | None = None
     """1 - epsilon: the share of questions whose answer an early exit must not change. Needs a calibration."""
     thinking_budget: int | None = Field(default=None, validation_alias=AliasChoices(*BUDGET_NAMES))

@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     ask = command("ask", "Ask one question; stream thinking and answer, then print the exit record.", commands)
     ask.add_argument("question")
     ask.add_argument("--model", default="pocket", help="pocket, a hub id, a directory, or one with a .gguf file")
-    ask.add_argument("--policy", default="deer", help="never, deer or codestop, with default settings")
+    ask.add_argument(
+        "--policy", default="deer", help="never, deer, codestop, convergence, eat or thinkbrake, with default settings"
+    )
     ask.add_argument("--budget", type=int, default=None, help="cap on thinking tokens; 0 for none at all")
     ask.add_argument("--seed", type=int, default=None, help="equal seeds give equal text")
 

@@ -36,7 +36,7 @@ from langchain_earlyexit.engines.program import (
 )
 from langchain_earlyexit.policies import Policy, needs_at, wanted_kinds
 from langchain_earlyexit.sampling import GREEDY, Sampling, Token
-from langchain_earlyexit.signals import MEASURED, Trial, trial_answer
+from langchain_earlyexit.signals import MEASURED, Ask, T, Trial, end_entropy, trial_answer
 from langchain_earlyexit.strain import EndOfThinking, Strainer, TagFound, Trimmer
 from langchain_earlyexit.trace import Check, Trace
 
@@ -90,15 +90,16 @@ class Request:
     @property
     def closing(self) -> tuple[int, ...]:
         """Ids that end the thinking and induce an answer."""
-        return self.codec.encode(self._end + self.form.inducer)
+        return self.codec.encode(self.end + self.form.inducer)
 
     @property
     def budget_closing(self) -> tuple[int, ...]:
         """As `closing`, with the message that explains the cut to the model."""
-        return self.codec.encode(self.message + self._end + self.form.inducer)
+        return self.codec.encode(self.message + self.end + self.form.inducer)
 
     @property
-    def _end(self) -> str:
+    def end(self) -> str:
+        """The end tag, "" for a model without."""
         return "" if self.tags is None else self.tags[1]
 
     def __post_init__(self) -> None:
@@ -106,6 +107,11 @@ class Request:
         if unmeasured:
             raise ValueError(
                 f"{self.policy!r} needs the signals {sorted(unmeasured)}, but this version measures {sorted(MEASURED)}"
+            )
+        if "end_margin" in self.policy.needs and self.thinking and self.codec.single(self.end) is None:
+            raise ValueError(
+                f"{self.policy!r} reads the probability of the end of thinking, but this model's end tag {self.end!r} "
+                "is not one token; use a policy with trial answers, such as DEER"
             )
         least = (max(len(self.closing), len(self.budget_closing)) if self.thinking else 0) + 1
         if self.limit is not None and self.limit < least:
@@ -144,6 +150,8 @@ class _Run:
         self.thoughts: list[str] = []  # text of each thinking token, in order
         self.told = 0  # how many of them have been streamed
         self.trimmer = Trimmer()
+        self.margins: list[float] = []  # of the distribution each thinking token was drawn from
+        self.watch = tuple(self.finder.ids) if "end_margin" in request.policy.needs else ()
         self.ahead: deque[Token] = deque()  # trunk tokens sampled beside a trial, not yet read
         self.events: list[Event] = []
         self.ops: list[Op] = []
@@ -173,8 +181,10 @@ class _Run:
         self.answer_now = self.answer_now or inbox.answer_now
         return inbox.results[len(queued) :]
 
-    def sample(self, forbid: frozenset[int] = frozenset()) -> Generator[Step, Inbox, Token]:
-        results = yield from self.step(Sample(TRUNK, self.request.sampling, forbid))
+    def sample(
+        self, forbid: frozenset[int] = frozenset(), watch: tuple[int, ...] = ()
+    ) -> Generator[Step, Inbox, Token]:
+        results = yield from self.step(Sample(TRUNK, self.request.sampling, forbid, watch))
         token: Token = results[0]
         return token
 
@@ -226,7 +236,9 @@ class _Run:
             if self.most is not None and kept >= self.most:
                 budget = self.request.budget
                 return self.cut("budget" if budget is not None and kept >= budget else "length", kept)
-            token = self.ahead.popleft() if self.ahead else (yield from self.sample())
+            token = self.ahead.popleft() if self.ahead else (yield from self.sample(watch=self.watch))
+            if self.watch:
+                self.margins.append(token.best - token.watched[0])
             if token.id in codec.eos:
                 # The model ended its turn inside its thinking. The end of turn is dropped, and it is asked to answer.
                 self.speculated += 1
@@ -286,14 +298,25 @@ class _Run:
 
     def look(self, hit: Hit) -> Generator[Step, Inbox, _Ending | None]:
         request = self.request
+        needs = needs_at(request.policy, hit.kind)
         signals: dict[str, float] = {}
         trial: Trial | None = None
-        if "trial_confidence" in needs_at(request.policy, hit.kind):
+        cost = 0
+        if "end_margin" in needs:
+            signals["end_margin"] = yield from self.end_margin(hit.position)
+        if "end_entropy" in needs:
+            closing = request.codec.encode(request.end + "\n\n")
+            place = len(request.prompt) + hit.position
+            signals["end_entropy"] = yield from self.measure(end_entropy(self.branch(), place, closing, self.beside))
+            cost += len(closing) + 1
+        if "trial_confidence" in needs:
             trial = yield from self.try_answer(hit.position)
             signals["trial_confidence"] = trial.answer.confidence
+            cost += trial.tokens
         check = Check(hit.position, hit.cue, signals, hit.kind, None if trial is None else trial.answer.answer)
         self.checks.append(check)
-        self.trial_tokens.append(0 if trial is None else trial.tokens)
+        self.trial_tokens.append(cost)
+        self.trials += cost
         decision = request.policy.decide(Trace(tuple(self.checks)))
         leaves = decision.exit and not request.shadow
         self.events.append(Checked(check, decision, leaves))
@@ -303,21 +326,37 @@ class _Run:
             return None
         return self.cut(decision.reason, hit.position, score=decision.score, trial=trial)
 
+    def end_margin(self, position: int) -> Generator[Step, Inbox, float]:
+        """Of the token after `position`. It may not be drawn yet: then it is, a step early, and read in its turn."""
+        if position < len(self.margins):
+            return self.margins[position]
+        if not self.ahead:
+            self.ahead.append((yield from self.sample(watch=self.watch)))
+        token = self.ahead[0]
+        return token.best - token.watched[0]
+
+    def branch(self) -> int:
+        self.branches += 1
+        return self.branches
+
     def try_answer(self, position: int) -> Generator[Step, Inbox, Trial]:
         request = self.request
-        self.branches += 1
-        ends = request.codec.eos | self.finder.ids
-        most = None if request.limit is None else request.limit - position - len(self.closing)
-        asking = trial_answer(
-            self.branches,
-            len(request.prompt) + position,
-            self.closing,
-            request.form,
-            request.codec,
-            ends,
-            self.beside,
-            most,
+        trial = yield from self.measure(
+            trial_answer(
+                self.branch(),
+                len(request.prompt) + position,
+                self.closing,
+                request.form,
+                request.codec,
+                request.codec.eos | self.finder.ids,
+                self.beside,
+                None if request.limit is None else request.limit - position - len(self.closing),
+            )
         )
+        return trial
+
+    def measure(self, asking: Ask[T]) -> Generator[Step, Inbox, T]:
+        """Carry out a measurement; what the trunk sampled beside it is read later."""
         ops = next(asking)
         while True:
             results = yield from self.step(*ops)
@@ -326,9 +365,8 @@ class _Run:
             try:
                 ops = asking.send(results)
             except StopIteration as stop:
-                trial: Trial = stop.value
-                self.trials += trial.tokens
-                return trial
+                found: T = stop.value
+                return found
 
     def beside(self) -> Sample | None:
         """The trunk's next sample, to share a pass with a trial: unless it waits, or has come to where it must stop."""
@@ -339,7 +377,7 @@ class _Run:
             return None
         if self.most is not None and len(self.thoughts) + len(self.ahead) >= self.most:
             return None
-        return Sample(TRUNK, request.sampling)
+        return Sample(TRUNK, request.sampling, watch=self.watch)
 
     # --- answering --------------------------------------------------------------------------------------------------
 
@@ -362,7 +400,7 @@ class _Run:
     def reuse(self, trial: Trial, text: str) -> None:
         """The trial becomes the answer: its tokens are counted as what they now are."""
         self.trials -= trial.tokens
-        self.trial_tokens[-1] = 0
+        self.trial_tokens[-1] -= trial.tokens
         self.forced, self.answered = trial.closing, trial.sampled
         self.say(text)
 

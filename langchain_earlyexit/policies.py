@@ -10,6 +10,7 @@ it never exits at a check where a float it needs is missing or not finite (no tr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import ClassVar, Final, Protocol, runtime_checkable
@@ -178,8 +179,7 @@ class CoDEStop(_Looking):
         _within_unit("r_max", self.r_max)
         if self.r_min > self.r_max:
             raise ValueError(f"r_min must not be above r_max, got {self.r_min} > {self.r_max}")
-        if isinstance(self.ramp_steps, bool) or not isinstance(self.ramp_steps, int) or self.ramp_steps < 1:
-            raise ValueError(f"ramp_steps must be an int of at least 1, got {self.ramp_steps!r}")
+        _whole("ramp_steps", self.ramp_steps, least=1)
         if not math.isfinite(self.delta):
             raise ValueError(f"delta must be finite, got {self.delta}")
         if not self.tau > 0:
@@ -206,6 +206,115 @@ class CoDEStop(_Looking):
         if degeneration >= self.tau:
             return Decision(exit=True, reason="degenerate", score=degeneration)
         return Decision(exit=False, reason="natural", score=confidence)
+
+
+@dataclass(frozen=True, repr=False)
+class AnswerConvergence(_Looking):
+    """Leave when the last `k` trial answers are the same (Answer Convergence, arXiv 2506.02536; Dynasor, 2412.20993).
+
+    Agreement of a model with itself is not correctness: on hard questions it is known to leave far too early
+    (arXiv 2604.04930, Table 1). A check without an answer breaks the row.
+
+    Args:
+        k: how many in a row, at least 2.
+        looks: kinds of checks to look at.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trial_confidence"})
+    k: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _whole("k", self.k, least=2)
+
+    def decide(self, trace: Trace) -> Decision:
+        """Exit as `converged`; the score is the length of the row of equal answers."""
+        if not self._looks_now(trace):
+            return _GO_ON
+        answers = [check.answer for check in reversed(trace.checks) if check.kind in self.looks]
+        row = 0
+        while row < len(answers) and answers[row] is not None and answers[row] == answers[0]:
+            row += 1
+        if row >= self.k:
+            return Decision(exit=True, reason="converged", score=float(row))
+        return Decision(exit=False, reason="natural", score=float(row))
+
+
+@dataclass(frozen=True, repr=False)
+class EAT(_Looking):
+    """Leave when the entropy after a forced end of thinking has settled (arXiv 2509.26522).
+
+    With x_t the `end_entropy` of the t-th check: `m = a x + (1 - a) m` and `v = a (x - m)^2 + (1 - a) v`, from
+    m_1 = x_1 and v_1 = 0; it leaves at the first t >= `min_checks` with v < `threshold`.
+
+    Args:
+        threshold: variance in square nats, above 0. The default is the one CoDE-Stop's authors ran it with.
+        alpha: weight of the newest entropy, in (0, 1].
+        min_checks: checks before it may leave, at least 2.
+        looks: kinds of checks to look at; the paper looks at paragraphs.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"end_entropy"})
+    threshold: float = 1e-5
+    alpha: float = 0.1
+    min_checks: int = 25
+    looks: frozenset[str] = field(default=frozenset({"paragraph"}), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.threshold > 0:
+            raise ValueError(f"threshold must be above 0, got {self.threshold}")
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], got {self.alpha}")
+        _whole("min_checks", self.min_checks, least=2)
+
+    def decide(self, trace: Trace) -> Decision:
+        """Exit as `converged`; the score is the variance."""
+        if not self._looks_now(trace) or _finite(trace.checks[-1], "end_entropy") is None:
+            return _GO_ON
+        mean = variance = 0.0
+        count = 0
+        for check in trace.checks:
+            entropy = _finite(check, "end_entropy") if check.kind in self.looks else None
+            if entropy is None:
+                continue
+            count += 1
+            mean = entropy if count == 1 else self.alpha * entropy + (1 - self.alpha) * mean
+            variance = self.alpha * (entropy - mean) ** 2 + (1 - self.alpha) * variance
+        if count >= self.min_checks and variance < self.threshold:
+            return Decision(exit=True, reason="converged", score=variance)
+        return Decision(exit=False, reason="natural", score=variance)
+
+
+@dataclass(frozen=True, repr=False)
+class ThinkBrake(_Looking):
+    """Leave at the end of a sentence when the end of thinking is nearly the likeliest token (arXiv 2510.00546).
+
+    It costs no token of its own: the margin is read from logits that are computed anyway.
+
+    Args:
+        margin: in nats, at least 0: how far the end of thinking may be behind the likeliest token. The default is a
+            place to start from, not calibrated for any model.
+        looks: kinds of checks to look at.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"end_margin"})
+    margin: float = 0.25
+    looks: frozenset[str] = field(default=frozenset({"sentence"}), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.margin >= 0:
+            raise ValueError(f"margin must be at least 0, got {self.margin}")
+
+    def decide(self, trace: Trace) -> Decision:
+        """Exit as `margin`; the score is the margin at this check."""
+        found = _finite(trace.checks[-1], "end_margin") if self._looks_now(trace) else None
+        if found is None:
+            return _GO_ON
+        if found <= self.margin:
+            return Decision(exit=True, reason="margin", score=found)
+        return Decision(exit=False, reason="natural", score=found)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -251,10 +360,13 @@ class FirstOf:
         return going_on
 
 
-_BY_NAME: Final[dict[str, type[Never] | type[DEER] | type[CoDEStop]]] = {
+_BY_NAME: Final[Mapping[str, Callable[[], Policy]]] = {
     "never": Never,
     "deer": DEER,
     "codestop": CoDEStop,
+    "convergence": AnswerConvergence,
+    "eat": EAT,
+    "thinkbrake": ThinkBrake,
 }
 
 
@@ -267,6 +379,11 @@ def _leaves(policy: Policy) -> list[Policy]:
 def _finite(check: Check, signal: str) -> float | None:
     value = check.signals.get(signal)
     return value if value is not None and math.isfinite(value) else None
+
+
+def _whole(name: str, value: int, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
 
 
 def _within_unit(name: str, value: float) -> None:

@@ -274,7 +274,7 @@ class TestBadInput:
             ({"reasoning_effort": "low", "thinking_budget": 5}, "both cap the thinking"),
             ({"thinking_budget": 4, "reasoning_budget": 5}, "names for the same setting"),
             ({"confidence": 0.95}, "needs a calibration"),
-            ({"exit_policy": "soon"}, "unknown exit policy 'soon'; known are codestop, deer, never"),
+            ({"exit_policy": "soon"}, "unknown exit policy 'soon'; known are codestop, convergence, deer"),
             ({"exit_policy": DEER}, "must be a policy such as"),
             ({"look": "away"}, "look must be one of parallel, wait"),
             ({"answer_form": "poem"}, "unknown answer_form 'poem'"),

@@ -11,7 +11,7 @@ from tokenizers_for_tests import HARMONY_TOKENS, byte_level, sentencepiece
 
 from langchain_earlyexit.answers import BOXED, CHOICE, TEXT
 from langchain_earlyexit.codec import Codec
-from langchain_earlyexit.controller import Request, program
+from langchain_earlyexit.controller import POLICY_REASONS, Request, program
 from langchain_earlyexit.cues import CueSpec
 from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer, scripted
 from langchain_earlyexit.engines.program import (
@@ -27,7 +27,7 @@ from langchain_earlyexit.engines.program import (
     Sample,
     Thought,
 )
-from langchain_earlyexit.policies import DEER, CoDEStop, FirstOf, Never, replay
+from langchain_earlyexit.policies import DEER, EAT, AnswerConvergence, CoDEStop, FirstOf, Never, ThinkBrake, replay
 from langchain_earlyexit.sampling import GREEDY, Sampling
 from langchain_earlyexit.trace import Check, Trace
 
@@ -247,7 +247,17 @@ def any_model(seed: int, sharpness: float):
 requests = st.builds(
     lambda **k: replace(BASE, cues=ANY_CUES, **k),
     policy=st.sampled_from(
-        [Never(), DEER(0.3), DEER(0.05), CoDEStop(0.3, 0.5, 2, 0.55, 2.0), FirstOf(DEER(0.6), DEER(0.2))]
+        [
+            Never(),
+            DEER(0.3),
+            DEER(0.05),
+            CoDEStop(0.3, 0.5, 2, 0.55, 2.0),
+            FirstOf(DEER(0.6), DEER(0.2)),
+            AnswerConvergence(2),
+            EAT(threshold=2.0, alpha=0.5, min_checks=2, looks=frozenset({"reflection"})),
+            ThinkBrake(1.0),
+            FirstOf(ThinkBrake(0.5, looks=frozenset({"reflection"})), EAT(3.0, 0.5, 3), DEER(0.4)),
+        ]
     ),
     form=st.sampled_from([BOXED, CHOICE, TEXT]),
     budget=st.integers(0, 30),
@@ -294,6 +304,23 @@ def test_shadowed_main_tokens_are_those_of_never(request, model):
 POLICIES = [DEER(t / 20) for t in range(0, 21, 2)] + [
     CoDEStop(r, min(1.0, r + 0.1), 2, 0.55, tau) for r in (0.2, 0.5, 0.9) for tau in (0.5, 2.0, 3.5)
 ]
+REFLECTION = frozenset({"reflection"})
+POLICIES += [AnswerConvergence(k) for k in (2, 3)]
+POLICIES += [EAT(v, 0.5, 2, looks=REFLECTION) for v in (0.01, 0.3, 5.0)]
+POLICIES += [ThinkBrake(m, looks=REFLECTION) for m in (0.1, 1.0, 4.0)]
+
+
+def measured(checks, policy):
+    """Checks with only the signals that `policy` asks for; a trial answer comes with its confidence."""
+    return [
+        (
+            check.position,
+            check.cue,
+            check.answer if "trial_confidence" in policy.needs else None,
+            {name: pytest.approx(check.signals[name], abs=1e-6) for name in policy.needs},
+        )
+        for check in checks
+    ]
 
 
 @both_looks
@@ -309,7 +336,8 @@ def test_the_live_exit_is_where_replay_exits(look, seed):
     request = replace(
         BASE, cues=ANY_CUES, budget=120, limit=300, look=look, sampling=Sampling(1.0), seed=seed, form=TEXT
     )
-    trace = run(model, replace(request, policy=DEER(1.0), shadow=True)).done.trace
+    watching = FirstOf(DEER(1.0), EAT(1e-12, 0.5, 999, looks=REFLECTION), ThinkBrake(0.0, looks=REFLECTION))
+    trace = run(model, replace(request, policy=watching, shadow=True)).done.trace
     assert len(trace.checks) > 3
     exits = set()
     for policy in POLICIES:
@@ -317,12 +345,12 @@ def test_the_live_exit_is_where_replay_exits(look, seed):
         expected = replay(policy, trace)
         exits.add(expected)
         if expected is None:
-            assert live.reason not in {"confident", "degenerate"}
-            assert live.trace.checks == trace.checks
+            assert live.reason not in POLICY_REASONS
+            assert measured(live.trace.checks, policy) == measured(trace.checks, policy)
         else:
             assert live.exited
             assert live.would_exit == expected == len(live.trace.checks) - 1
-            assert live.trace.checks == trace.checks[: expected + 1]
+            assert measured(live.trace.checks, policy) == measured(trace.checks[: expected + 1], policy)
             assert live.thinking_tokens == trace.checks[expected].position
     assert len(exits) > 2  # the thresholds do tell checks apart
 
@@ -377,6 +405,60 @@ def test_a_policy_whose_signals_are_not_measured_is_refused():
 
     with pytest.raises(ValueError, match="p_safe"):
         replace(BASE, policy=Odd())
+
+
+# --- signals that need no trial ------------------------------------------------------------------------------------
+
+
+def thinking_on(inner):
+    """A model that never ends its thinking, nor its turn."""
+
+    def logits(ids):
+        out = inner(ids)
+        out[[1, 2, 3, 4]] = -50
+        return out
+
+    return logits
+
+
+def logprobs(logits):
+    return logits - np.logaddexp.reduce(logits)
+
+
+@both_looks
+@pytest.mark.parametrize("kind", ["reflection", "sentence", "paragraph"])
+def test_the_margin_is_that_of_the_token_that_would_come_next_and_costs_nothing(look, kind):
+    model = thinking_on(any_model(3, 5.0))
+    cues = CueSpec(words=("w",))
+    policy = ThinkBrake(0.0, looks=frozenset({kind}))
+    text = {"cues": cues, "limit": 120, "look": look}
+    result = run(model, replace(BASE, policy=policy, shadow=True, **text))
+    plain = run(model, replace(BASE, **text))
+    assert result.trunk == plain.trunk
+    assert result.done.trial_tokens == 0
+    end = CODEC.single("</think>")
+    assert result.done.trace.checks or kind == "paragraph"
+    for check in result.done.trace.checks:
+        found = logprobs(model(list(PROMPT) + result.trunk[: check.position]))
+        assert check.signals["end_margin"] == pytest.approx(found.max() - found[end], abs=1e-4)
+
+
+@both_looks
+def test_the_entropy_is_that_of_the_first_token_after_a_forced_end(look):
+    model = thinking_on(any_model(3, 5.0))
+    policy = EAT(1e-9, 0.5, 2, looks=REFLECTION)
+    result = run(model, replace(BASE, policy=policy, cues=CueSpec(words=("w",)), limit=120, look=look))
+    assert result.done.trace.checks
+    closing = CODEC.encode("</think>\n\n")
+    assert set(result.done.trace.trial_tokens) == {len(closing) + 1}
+    for check in result.done.trace.checks:
+        found = logprobs(model(list(PROMPT) + result.trunk[: check.position] + list(closing)).astype(np.float64))
+        assert check.signals["end_entropy"] == pytest.approx(-(np.exp(found) * found).sum(), abs=1e-4)
+
+
+def test_a_margin_is_refused_where_the_end_of_thinking_is_not_one_token():
+    with pytest.raises(ValueError, match="not one token"):
+        replace(BASE, tags=("[[", "]]"), policy=ThinkBrake())
 
 
 # --- moods ------------------------------------------------------------------------------------------------------------
@@ -633,6 +715,7 @@ def test_a_trace_records_each_check_with_its_answer_and_price():
 def test_the_promises_hold_for_plain_text_tags_too(request, model, lettered):
     """Letters of the tag are likely here: it comes and goes, is begun and broken off."""
     assume(request.limit is None or request.limit >= 70)
+    assume("end_margin" not in request.policy.needs)  # refused: this end tag is many tokens
     codec = Codec(LETTERED)
     likely = sorted({*codec.encode("</think>"), *codec.encode("<think>"), *codec.encode(" w a1}"), *codec.encode("\n")})
     tag = list(codec.encode("</think>"))

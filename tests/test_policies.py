@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 
 from langchain_earlyexit.policies import (
     DEER,
+    EAT,
+    AnswerConvergence,
     CoDEStop,
     FirstOf,
     Never,
     Policy,
+    ThinkBrake,
     needs_at,
     policy_from_name,
     replay,
@@ -308,7 +311,8 @@ def test_a_policy_goes_by_its_name(name, policy):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown exit policy 'dear'; known are codestop, deer, never"):
+    known = "codestop, convergence, deer, eat, never, thinkbrake"
+    with pytest.raises(ValueError, match=f"unknown exit policy 'dear'; known are {known}"):
         policy_from_name("dear")
 
 
@@ -331,3 +335,79 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
 def test_a_field_out_of_range_is_a_clear_error(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class TestAnswerConvergence:
+    @staticmethod
+    def trace(*answers):
+        return Trace(tuple(Check(i + 1, "wait", {"trial_confidence": 0.5}, answer=a) for i, a in enumerate(answers)))
+
+    @pytest.mark.parametrize(
+        ("answers", "leaves"),
+        [
+            (("4", "4", "4"), 2),
+            (("5", "4", "4", "4"), 3),
+            (("4", "4", "5", "4", "4"), None),
+            (("4", "4", None, "4"), None),
+            ((None, None, None), None),
+        ],
+    )
+    def test_it_leaves_at_the_third_equal_answer_in_a_row(self, answers, leaves):
+        assert replay(AnswerConvergence(k=3), self.trace(*answers)) == leaves
+
+    def test_its_reason_is_converged_and_its_score_the_row(self):
+        assert AnswerConvergence(k=2).decide(self.trace("5", "4", "4")) == Decision(True, "converged", 2.0)
+
+    def test_one_answer_agrees_with_nothing(self):
+        with pytest.raises(ValueError, match="k must be an int of at least 2"):
+            AnswerConvergence(k=1)
+
+
+class TestEAT:
+    @staticmethod
+    def trace(*entropies):
+        return Trace(tuple(Check(i + 1, "\n\n", {"end_entropy": x}, kind="paragraph") for i, x in enumerate(entropies)))
+
+    def test_the_variance_is_the_paper_s_by_hand(self):
+        # a = 0.5: m1 = 2, v1 = 0; m2 = 0.5*1 + 0.5*2 = 1.5, v2 = 0.5*(1-1.5)^2 = 0.125;
+        # m3 = 0.5*1 + 0.5*1.5 = 1.25, v3 = 0.5*(1-1.25)^2 + 0.5*0.125 = 0.03125 + 0.0625 = 0.09375
+        policy = EAT(threshold=0.1, alpha=0.5, min_checks=2)
+        assert policy.decide(self.trace(2.0, 1.0)).score == pytest.approx(0.125)
+        assert policy.decide(self.trace(2.0, 1.0, 1.0)) == Decision(True, "converged", pytest.approx(0.09375))
+        assert replay(policy, self.trace(2.0, 1.0, 1.0)) == 2
+
+    def test_it_waits_for_its_first_checks_however_calm(self):
+        assert replay(EAT(threshold=1.0, min_checks=4), self.trace(*[0.3] * 10)) == 3
+
+    def test_a_restless_entropy_keeps_it_thinking(self):
+        assert replay(EAT(threshold=0.01, alpha=0.5, min_checks=2), self.trace(*[0.0, 2.0] * 10)) is None
+
+    @pytest.mark.parametrize("fields", [{"threshold": 0}, {"alpha": 0}, {"alpha": 1.5}, {"min_checks": 1}])
+    def test_fields_that_cannot_be_meant_are_refused(self, fields):
+        with pytest.raises(ValueError, match="must be"):
+            EAT(**fields)
+
+
+class TestThinkBrake:
+    @staticmethod
+    def trace(*margins):
+        return Trace(tuple(Check(i + 1, ".", {"end_margin": x}, kind="sentence") for i, x in enumerate(margins)))
+
+    def test_it_leaves_when_the_end_of_thinking_is_near_the_likeliest_token(self):
+        assert replay(ThinkBrake(margin=0.5), self.trace(9.0, 0.51, 0.5, 0.0)) == 2
+        assert ThinkBrake(margin=0.5).decide(self.trace(0.2)) == Decision(True, "margin", 0.2)
+
+    def test_an_unmeasured_margin_is_no_reason_to_leave(self):
+        assert replay(ThinkBrake(margin=5.0), self.trace(math.nan, math.inf)) is None
+
+    def test_it_looks_at_sentences_also_in_models_with_cue_words(self):
+        offered = frozenset(KINDS)
+        assert wanted_kinds(ThinkBrake(), frozenset({"reflection"}), offered) == {"sentence"}
+        both = FirstOf(DEER(), ThinkBrake())
+        assert wanted_kinds(both, frozenset({"reflection"}), offered) == {"reflection", "sentence"}
+        assert needs_at(both, "sentence") == {"end_margin"}
+
+
+@pytest.mark.parametrize("name", ["never", "deer", "codestop", "convergence", "eat", "thinkbrake"])
+def test_every_policy_has_a_name(name):
+    assert isinstance(policy_from_name(name), Policy)
