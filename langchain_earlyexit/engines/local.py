@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ def load(settings: LocalSettings) -> ScheduledEngine:
         "token": settings.token,
     }
     if gguf is not None:
+        missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+        if missing:
+            raise ImportError(f"{gguf} needs {' and '.join(missing)}: pip install 'langchain-earlyexit[gguf]'")
         options["gguf_file"] = gguf
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)

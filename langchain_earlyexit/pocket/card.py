@@ -30,7 +30,7 @@ AT_ONCE = 64
 """Questions in flight: they share forward passes, and their answers do not depend on it."""
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
-TOLERANCE = 0.005
+TOLERANCE = 0.002
 """Accuracy on the dev split that a threshold may cost."""
 
 _SEEDS = {"dev": 1_000_000, "test": 2_000_000}
@@ -256,10 +256,10 @@ def write(card: Mapping[str, Any]) -> None:
     folder = weights_dir()
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     readme = folder / "README.md"
-    begin, end = "<!-- figures -->\n", "\n<!-- end of figures -->"
+    begin, end = "<!-- figures -->\n", "<!-- end of figures -->"
     text = readme.read_text()
     if begin not in text or end not in text:
-        raise ValueError(f"{readme.name} has no {begin.strip()} and {end.strip()} marks to write between")
+        raise ValueError(f"{readme.name} has no {begin.strip()} and {end} marks to write between")
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
-    readme.write_text(head + begin + markdown(card) + end + tail)
+    readme.write_text(head + begin + markdown(card) + "\n" + end + tail)

@@ -47,15 +47,18 @@ class Mix:
     """Number ranges (both ends included) and the share of each family. Frozen before the training run."""
 
     two_digits: tuple[int, int] = (11, 99)
-    three_digits: tuple[int, int] = (101, 999)
+    three_digits: tuple[int, int] = (101, 499)
     factor: tuple[int, int] = (2, 9)
+    small_factor: tuple[int, int] = (11, 39)
     divisor: tuple[int, int] = (3, 9)
-    small_product: tuple[int, int] = (12, 60)
-    start: tuple[int, int] = (2, 50)
-    step: tuple[int, int] = (3, 19)
-    term: tuple[int, int] = (6, 30)
-    three_digit_addend: float = 0.4
-    three_digit_in_triple: float = 0.3
+    small_product: tuple[int, int] = (12, 49)
+    start: tuple[int, int] = (2, 40)
+    step: tuple[int, int] = (3, 15)
+    term: tuple[int, int] = (6, 25)
+    three_digit_addend: float = 0.2
+    three_digit_in_triple: float = 0.1
+    three_digit_minuend: float = 0.3
+    three_digit_dividend: float = 0.3
     shares: Mapping[str, float] = field(
         default_factory=lambda: MappingProxyType(
             {
@@ -158,7 +161,7 @@ def _add3(rng: random.Random) -> Task:
 
 
 def _sub(rng: random.Random) -> Task:
-    a = _draw(rng, MIX.three_digits if rng.random() < 0.5 else MIX.two_digits)
+    a = _draw(rng, MIX.three_digits if rng.random() < MIX.three_digit_minuend else MIX.two_digits)
     b = _draw(rng, (MIX.two_digits[0], min(a, 999) - 2)) if a > MIX.two_digits[0] + 4 else a - 2
     return Task("sub", "a-b", (a, b), a - b, f"{a} - {b}", f"sub:{a},{b}")
 
@@ -189,7 +192,7 @@ def _lin(rng: random.Random) -> Task:
 
 
 def _rem(rng: random.Random) -> Task:
-    a = _draw(rng, MIX.three_digits if rng.random() < 0.5 else MIX.two_digits)
+    a = _draw(rng, MIX.three_digits if rng.random() < MIX.three_digit_dividend else MIX.two_digits)
     b = _draw(rng, MIX.divisor)
     return Task("rem", "a%b", (a, b), a % b, f"the remainder of {a} by {b}", f"rem:{a},{b}")
 
@@ -233,7 +236,7 @@ _TASKS: Mapping[str, Callable[[random.Random], Task]] = MappingProxyType(
         "lin": _lin,
         "rem": _rem,
         "cmp": _cmp,
-        "mul22": lambda rng: _product(rng, "mul22", MIX.two_digits, MIX.two_digits),
+        "mul22": lambda rng: _product(rng, "mul22", MIX.two_digits, MIX.small_factor),
         "two": _two,
         "seq": _seq,
     }

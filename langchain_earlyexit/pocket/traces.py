@@ -32,7 +32,7 @@ STOP_ODDS = (0.15, 0.4, 0.6, 0.7, 0.8)
 MAX_CHECKS = 6
 SLIP_ODDS = 0.06
 """Share of checks in which one step gets a wrong result (without loss), so that repair is learnt."""
-SAME_METHOD_ODDS = 0.1
+SAME_METHOD_ODDS = 0.05
 STOP_AT_GUESS_ODDS = 0.03
 
 CUES_WHEN_RIGHT: Mapping[str, float] = MappingProxyType(
@@ -238,18 +238,11 @@ def _lin(product: Callable[[Scratch, int, int], int]) -> Callable[[str], Method]
     return for_form
 
 
-def _lin_rest_first(form: str) -> Method:
-    def method(s: Scratch, n: tuple[int, ...]) -> int:
-        if form != "c+a*b-d":
-            return _lin(_times_round)(form)(s, n)
-        c, d = n[2], n[3]
-        if c >= d:
-            rest = s.sub(c, d)
-            return s.add(_times(s, n[0], n[1]), rest)
-        rest = s.sub(d, c)
-        return s.sub(_times(s, n[0], n[1]), rest)
-
-    return method
+def _lin_rest_first(s: Scratch, n: tuple[int, ...]) -> int:
+    a, b, c, d = n
+    rest = s.sub(c, d) if c >= d else s.sub(d, c)
+    product = _times(s, a, b)
+    return s.add(product, rest) if c >= d else s.sub(product, rest)
 
 
 def _two(order: tuple[int, int], product: Callable[[Scratch, int, int], int]) -> Method:
@@ -364,17 +357,16 @@ def methods_of(problem: Problem) -> Mapping[str, Method]:
     if problem.family == "lin":
         methods = {
             f"splitting {n[0]}": _lin(_times)(form),
-            f"rounding {n[0]} up": _lin(_times_round)(form),
             "taking units first": _lin(_times_units_first)(form),
         }
         if form == "c+a*b-d":
-            methods["taking the rest first"] = _lin_rest_first(form)
+            methods["taking the rest first"] = _lin_rest_first
         return methods
     if form == "a*b+c*d":
         return {
             "taking the first product first": _two((0, 1), _times),
             "taking the second product first": _two((1, 0), _times),
-            "rounding": _two((0, 1), _times_round),
+            "taking units first": _two((0, 1), _times_units_first),
         }
     if form == "a%b":
         methods = {"using multiples": _rem_multiples, "going part by part": _rem_parts}
@@ -385,7 +377,6 @@ def methods_of(problem: Problem) -> Mapping[str, Method]:
         return {
             "taking the product first": _cmp(form, _times, product_first=True),
             "taking the sum first": _cmp(form, _times, product_first=False),
-            "rounding": _cmp(form, _times_round, product_first=True),
         }
     return {
         "counting the steps between": _seq(True, _half_split),

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from langchain_earlyexit.pocket import tokenizer as pocket_tokenizer
 from langchain_earlyexit.pocket.evaluate import quick_scores
@@ -64,11 +64,12 @@ class Recipe:
     weight_decay: float = 0.02
     warmup_steps: int = 60
     padded_tokens_per_step: int = 3600
+    digit_weight: float = 3.0
     early_share: float = 0.15
     refresh_at: tuple[float, ...] = (0.15, 0.25, 0.4, 0.55, 0.7, 0.85)
     refresh_problems: int = 2500
-    checkpoint_minutes: float = 4.0
-    check_problems: int = 160
+    checkpoint_minutes: float = 6.0
+    check_problems: int = 100
 
 
 def new_model(recipe: Recipe, vocabulary: int) -> Any:
@@ -142,19 +143,24 @@ def batches(tokenizer: Any, rng: random.Random, guesser: Guesser, early: bool, p
     return groups
 
 
-def summed_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int, int]:
-    """Summed cross-entropy of a batch, the number of tokens that carry it, and the number of all tokens."""
+def summed_loss(model: Any, batch: Batch, digits: torch.Tensor, digit_weight: float) -> tuple[torch.Tensor, float, int]:
+    """Weighted sum of the cross-entropy of a batch, the sum of the weights, and the number of all tokens.
+
+    Digits weigh more: they carry the arithmetic, while much of the rest is free choice of cue, method and wording.
+    """
     longest = max(len(ids) for ids, _ in batch)
     ids = torch.full((len(batch), longest), pocket_tokenizer.PAD)
     mask = torch.zeros((len(batch), longest), dtype=torch.bool)
     for row, (text_ids, text_mask) in enumerate(batch):
         ids[row, : len(text_ids)] = torch.tensor(text_ids)
         mask[row, : len(text_ids)] = torch.tensor(text_mask)
-    targets = mask[:, 1:]
+    trained = mask[:, 1:]
+    targets = ids[:, 1:][trained]
     weights = Weights.of(model, torch.bfloat16)
-    hidden = hidden_states(weights, ids[:, :-1])[targets]
-    loss = functional.cross_entropy(logits(weights, hidden), ids[:, 1:][targets], reduction="sum")
-    return loss, int(targets.sum()), sum(len(text_ids) for text_ids, _ in batch)
+    hidden = hidden_states(weights, ids[:, :-1])[trained]
+    shares = torch.where(torch.isin(targets, digits), digit_weight, 1.0)
+    loss = (functional.cross_entropy(logits(weights, hidden), targets, reduction="none") * shares).sum()
+    return loss, float(shares.sum()), sum(len(text_ids) for text_ids, _ in batch)
 
 
 class OwnGuesses:
@@ -235,6 +241,7 @@ def _gather_scores(scores: Mapping[str, tuple[float, int]]) -> dict[str, float]:
 
 
 def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None:
+    os.setsid()  # kernels that share the CPU by session would count all workers as one
     torch.set_num_threads(1)
     directory = Path(out)
     dist.init_process_group(
@@ -294,6 +301,7 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
     early_guesser = synthetic_guesser(right=0.6, shares=WARMUP_SHARES)
     guesser: Guesser = early_guesser
     refreshes = 0
+    digits = torch.tensor([tokenizer.token_to_id(digit) for digit in "0123456789"])
     queue: list[Batch] = []
     while progress < 1.0:  # every decision below follows from numbers that all processes share
         early = progress < recipe.early_share and not warm_start
@@ -308,17 +316,17 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
             report(**right, refresh_seconds=round(time.monotonic() - started, 1))
         if not queue:
             queue = batches(tokenizer, rng, early_guesser if early else guesser, early, recipe.padded_tokens_per_step)
-        loss, loss_tokens, all_tokens = summed_loss(model, queue.pop())
+        loss, loss_weight, all_tokens = summed_loss(model, queue.pop(), digits, recipe.digit_weight)
         loss.backward()  # type: ignore[no-untyped-call]
         clock = time.monotonic() - began if rank == 0 else 0.0
-        total_loss, total_loss_tokens, total_tokens, elapsed = _reduce(
-            model, [float(loss.detach()), float(loss_tokens), float(all_tokens), clock]
+        total_loss, total_weight, total_tokens, elapsed = _reduce(
+            model, [float(loss.detach()), loss_weight, float(all_tokens), clock]
         )
         optimizers.step(min(1.0, (step + 1) / recipe.warmup_steps) * (1.0 - progress))
         step += 1
         tokens += total_tokens
         bar.update(total_tokens)
-        recent.append(total_loss / total_loss_tokens)
+        recent.append(total_loss / total_weight)
         progress = progress_at(elapsed)
         if elapsed - saved_at > 60 * recipe.checkpoint_minutes or progress >= 1.0:
             saved_at = elapsed
@@ -345,10 +353,16 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
 
 
 def export(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Writes the model in bfloat16 and the tokenizer, ready for `from_pretrained`."""
+    """Writes the model in bfloat16 and the tokenizer, ready for `from_pretrained`.
+
+    The config asks for float32 all the same: the file is half as large so, and small CPUs are slow at bfloat16.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     model = model.eval().to(torch.bfloat16)
     model.save_pretrained(directory)
+    config = directory / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    (directory / "model.safetensors").chmod(0o644)
     pocket_tokenizer.pretrained(tokenizer, CONTEXT).save_pretrained(directory)
 
 
