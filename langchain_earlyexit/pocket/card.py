@@ -11,7 +11,9 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +24,7 @@ from langchain_earlyexit.chat_models import ChatEarlyExit
 from langchain_earlyexit.lab.statistics import auroc, paired_bootstrap
 from langchain_earlyexit.pocket import weights_dir
 from langchain_earlyexit.pocket.problems import Problem, Split, sample
-from langchain_earlyexit.policies import DEER, CoDEStop, Never, Policy, replay
+from langchain_earlyexit.policies import DEER, CoDEStop, Never, replay
 from langchain_earlyexit.record import KEY
 from langchain_earlyexit.trace import Trace
 
@@ -93,45 +95,61 @@ def choose_threshold(full: Sequence[Outcome]) -> float:
     return THRESHOLDS[-1]
 
 
+@dataclass(frozen=True)
+class _Arm:
+    """One pass over the questions of a split, as a process of its own can run it."""
+
+    title: str
+    model: str
+    split: Split
+    questions: int
+    settings: Mapping[str, Any]
+
+    def run(self) -> list[Outcome]:
+        seed = _SEEDS[self.split]
+        with ChatEarlyExit(model=self.model) as llm:
+            problems = sample(self.split, self.questions, seed)
+            return asyncio.run(answer_all(llm, problems, seed, f"{self.split}, {self.title}", **self.settings))
+
+
 def measure(questions: int = 2000, model: str = "pocket") -> dict[str, Any]:
-    """All figures of the card, as JSON data.
+    """All figures of the card, as JSON data. Two processes share the work.
 
     Args:
         questions: of the test split; the dev split gets half as many.
         model: as for `ChatEarlyExit`.
     """
-    return asyncio.run(_measure(questions, model))
-
-
-async def _measure(questions: int, model: str) -> dict[str, Any]:
     start = time.monotonic()
     # A policy that looks everywhere and never leaves: shadowed, it leaves a trace of the whole chain.
-    watching: Policy = DEER(threshold=1.0)
-    splits: dict[Split, list[Problem]] = {
-        "dev": sample("dev", max(1, questions // 2), _SEEDS["dev"]),
-        "test": sample("test", questions, _SEEDS["test"]),
-    }
-    test, seed = splits["test"], _SEEDS["test"]
-    with ChatEarlyExit(model=model, look="wait") as llm:
-        dev = await answer_all(llm, splits["dev"], _SEEDS["dev"], "dev, full", exit_policy=watching, shadow=True)
+    watching = {"exit_policy": DEER(threshold=1.0), "shadow": True, "look": "wait"}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+
+        def submit(title: str, settings: Mapping[str, Any], split: Split = "test") -> Future[list[Outcome]]:
+            count = questions if split == "test" else max(1, questions // 2)
+            return pool.submit(_Arm.run, _Arm(title, model, split, count, settings))
+
+        on_test = submit("full", watching)
+        dev = submit("full", watching, "dev").result()
         threshold = choose_threshold(dev)
-        watched = await answer_all(llm, test, seed, "test, full", exit_policy=watching, shadow=True)
-        arms = {"full thinking": [_without_trials(outcome) for outcome in watched]}
-        arms["no thinking"] = await answer_all(llm, test, seed, "test, no thinking", thinking_budget=0)
         deer = f"DEER({threshold})"
-        arms[deer] = await answer_all(llm, test, seed, f"test, {deer}", exit_policy=DEER(threshold), look="parallel")
-        arms["CoDE-Stop, paper's defaults"] = await answer_all(
-            llm, test, seed, "test, CoDE-Stop", exit_policy=CoDEStop(), look="parallel"
-        )
+        rest = {
+            "no thinking": submit("no thinking", {"thinking_budget": 0}),
+            deer: submit(deer, {"exit_policy": DEER(threshold)}),
+            f"{deer}, trial reused": submit(
+                f"{deer}, trial reused", {"exit_policy": DEER(threshold), "reuse_trial_answer": True}
+            ),
+            "CoDE-Stop, paper's defaults": submit("CoDE-Stop", {"exit_policy": CoDEStop()}),
+        }
+        watched = on_test.result()
+        arms = {"full thinking": [_without_trials(outcome) for outcome in watched]}
+        arms |= {name: arm.result() for name, arm in rest.items()}
         # A fixed budget of the same mean cost: what a token cap alone would give for the same money.
-        spent = fmean(outcome.output_tokens for outcome in arms[deer])
-        budget = _matching_budget(arms["full thinking"], spent)
-        arms[f"budget of {budget}"] = await answer_all(
-            llm, test, seed, f"test, budget {budget}", exit_policy=Never(), thinking_budget=budget
-        )
+        budget = _matching_budget(arms["full thinking"], fmean(outcome.output_tokens for outcome in arms[deer]))
+        capped = submit(f"budget {budget}", {"exit_policy": Never(), "thinking_budget": budget})
+        arms[f"budget of {budget}"] = capped.result()
     full = arms["full thinking"]
     return {
-        "questions": {"dev": len(dev), "test": len(test)},
+        "questions": {"dev": len(dev), "test": len(full)},
         "seeds": _SEEDS,
         "sampling": "temperature 0.6, top_p 0.95",
         "deer_threshold": threshold,
