@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "Train the bundled model from nothing. Resumes where it was stopped.", parts)
     train.add_argument("--out", type=Path, default=Path("runs/pocket"), help="checkpoints, log and final weights")
     measure = command("eval", "Measure the bundled model on held-out questions and print its card.", parts)
-    measure.add_argument("--questions", type=_positive, default=2000, help="test questions; half as many for dev")
+    measure.add_argument("--questions", type=_positive, default=2000, help="of the test split, and of the dev split")
     measure.add_argument("--write", action="store_true", help="also write the card beside the weights")
     return parser
 

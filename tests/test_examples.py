@@ -1,5 +1,6 @@
 """The examples, the graphs and the README's code do what they say."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -40,8 +41,14 @@ async def test_the_question_graph_keeps_cost_and_exit_of_every_step():
     assert done["exits"] == [done["messages"][-1].response_metadata["early_exit"]]
 
 
-def test_the_readme_s_first_code_runs_as_it_stands():
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    assert len(code.strip().splitlines()) <= 8
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "'reason'" in done.stdout
+def test_the_readme_s_first_code_prints_what_stands_below_it():
+    readme = (ROOT / "README.md").read_text()
+    code, printed = re.search(r"```python\n(.*?)```\s*```\n(.*?)```", readme, re.DOTALL).groups()
+    assert len(code.strip().splitlines()) <= 6
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    said, record = done.strip().split("\n")
+    shown, _, wrapped = printed.partition("\n")
+    assert said == shown
+    found, expected = (ast.literal_eval(text.replace("\n", " ")) for text in (record, wrapped))
+    assert found.pop("score") == pytest.approx(expected.pop("score"), abs=1e-3)
+    assert found == expected

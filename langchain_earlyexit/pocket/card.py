@@ -32,7 +32,7 @@ AT_ONCE = 64
 """Questions in flight: they share forward passes, and their answers do not depend on it."""
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
-TOLERANCE = 0.002
+TOLERANCE = 0.005
 """Accuracy on the dev split that a threshold may cost."""
 
 _SEEDS = {"dev": 1_000_000, "test": 2_000_000}
@@ -116,7 +116,7 @@ def measure(questions: int = 2000, model: str = "pocket") -> dict[str, Any]:
     """All figures of the card, as JSON data. Two processes share the work.
 
     Args:
-        questions: of the test split; the dev split gets half as many.
+        questions: of each split.
         model: as for `ChatEarlyExit`.
     """
     start = time.monotonic()
@@ -125,8 +125,7 @@ def measure(questions: int = 2000, model: str = "pocket") -> dict[str, Any]:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
 
         def submit(title: str, settings: Mapping[str, Any], split: Split = "test") -> Future[list[Outcome]]:
-            count = questions if split == "test" else max(1, questions // 2)
-            return pool.submit(_Arm.run, _Arm(title, model, split, count, settings))
+            return pool.submit(_Arm.run, _Arm(title, model, split, questions, settings))
 
         on_test = submit("full", watching)
         dev = submit("full", watching, "dev").result()
@@ -135,15 +134,15 @@ def measure(questions: int = 2000, model: str = "pocket") -> dict[str, Any]:
         rest = {
             "no thinking": submit("no thinking", {"thinking_budget": 0}),
             deer: submit(deer, {"exit_policy": DEER(threshold)}),
-            f"{deer}, trial reused": submit(
-                f"{deer}, trial reused", {"exit_policy": DEER(threshold), "reuse_trial_answer": True}
+            f"trial reused, {deer}": submit(
+                f"trial reused, {deer}", {"exit_policy": DEER(threshold), "reuse_trial_answer": True}
             ),
             "CoDE-Stop, paper's defaults": submit("CoDE-Stop", {"exit_policy": CoDEStop()}),
         }
         watched = on_test.result()
         arms = {"full thinking": [_without_trials(outcome) for outcome in watched]}
         arms |= {name: arm.result() for name, arm in rest.items()}
-        # A fixed budget of the same mean cost: what a token cap alone would give for the same money.
+        # A fixed budget of the same mean cost as plain DEER: what a token cap alone would give for the same money.
         budget = _matching_budget(arms["full thinking"], fmean(outcome.output_tokens for outcome in arms[deer]))
         capped = submit(f"budget {budget}", {"exit_policy": Never(), "thinking_budget": budget})
         arms[f"budget of {budget}"] = capped.result()
