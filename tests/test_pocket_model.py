@@ -94,10 +94,12 @@ def test_the_card_s_figures_are_what_the_project_promises(card: dict[str, Any]) 
     assert card["questions"]["test"] >= 2000
     assert arm("full thinking")["accuracy"] >= 0.85
     assert arm("no thinking")["accuracy"] <= arm("full thinking")["accuracy"] - 0.20
-    # What the threshold costs is told with its interval; a cap of the same mean cost must cost clearly more.
-    assert arm("DEER")["saved"] >= 0.35
-    assert arm("DEER")["accuracy_gap"]["mean"] >= -0.01
-    assert arm("budget")["accuracy"] <= arm("DEER")["accuracy"] - 0.01
+    # The threshold chosen on dev keeps accuracy; a cap of the same mean cost does not.
+    assert arm("trial reused")["saved"] >= 0.35
+    assert arm("trial reused")["accuracy_gap"]["low"] <= 0.0 <= arm("trial reused")["accuracy_gap"]["high"]
+    assert arm("trial reused")["accuracy_gap"]["mean"] >= -0.01
+    assert arm("budget")["accuracy_gap"]["high"] < 0.0
+    assert arm("budget")["accuracy"] < arm("DEER")["accuracy"]
     assert card["thinking_tokens"]["wrong"] > card["thinking_tokens"]["right"]
 
 
