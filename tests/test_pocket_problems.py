@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from langchain_earlyexit.pocket.problems import LEVELS, MIX, Problem, sample, split_of
+from langchain_earlyexit.pocket.problems import DOUBT_SHARES, LEVELS, MIX, SMALL_SHARES, Problem, sample, split_of
 
 
 def test_sampling_is_deterministic_and_distinct() -> None:
@@ -23,7 +23,8 @@ def test_every_family_and_level_occurs() -> None:
 
 
 def test_answers_are_right() -> None:
-    for problem in sample("train", 2000, 3):
+    others = [problem for shares in (SMALL_SHARES, DOUBT_SHARES) for problem in sample("train", 300, 3, shares)]
+    for problem in sample("train", 2000, 3) + others:
         restated = problem.restated
         if problem.family == "rem":
             a, b = problem.numbers
@@ -38,6 +39,11 @@ def test_answers_are_right() -> None:
             expected = eval(restated)  # noqa: S307
         assert problem.answer == str(expected)
         assert int(problem.answer) >= 0
+
+
+def test_problems_beyond_it_are_of_their_own_level_and_never_in_the_card_s_mix() -> None:
+    assert {problem.level for problem in sample("test", 100, 0, DOUBT_SHARES)} == {"beyond"}
+    assert not set(DOUBT_SHARES) & set(MIX.shares)
 
 
 def _numbers(problem: Problem) -> tuple[str, tuple[int, ...]]:

@@ -5,15 +5,17 @@ import pytest
 from tokenizers import Tokenizer
 
 from langchain_earlyexit.pocket import tokenizer as pocket_tokenizer
-from langchain_earlyexit.pocket.problems import sample
+from langchain_earlyexit.pocket.problems import DOUBT_SHARES, SMALL_SHARES, sample
 from langchain_earlyexit.pocket.traces import (
     CUES,
+    DOUBT_MAX_CHECKS,
     MAX_CHECKS,
     Scratch,
     Segment,
     Text,
     chain,
     draw_text,
+    far_miss,
     methods_of,
     near_miss,
     opening,
@@ -21,6 +23,8 @@ from langchain_earlyexit.pocket.traces import (
 )
 
 PROBLEMS = sample("train", 1500, 11)
+SMALL = sample("train", 150, 11, SMALL_SHARES)
+BEYOND = sample("train", 300, 11, DOUBT_SHARES)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def _text(segments: list[Segment]) -> str:
 
 
 def test_every_method_is_right_without_a_slip() -> None:
-    for problem in PROBLEMS:
+    for problem in PROBLEMS + SMALL + BEYOND:
         methods = methods_of(problem)
         assert len(methods) >= 2
         for method in methods.values():
@@ -42,7 +46,7 @@ def test_every_method_is_right_without_a_slip() -> None:
 
 def test_every_written_step_without_loss_is_wrong_and_with_loss_is_right() -> None:
     rng = random.Random(4)
-    for problem in PROBLEMS[:600]:
+    for problem in PROBLEMS[:600] + SMALL + BEYOND:
         written = chain(problem, str(near_miss(int(problem.answer), rng)), opening(problem, rng), rng)
         for before, value in zip(written.segments, written.segments[1:], strict=False):
             found = re.fullmatch(r" (\d+) ([+*-]) (\d+) = ", before.text)
@@ -62,6 +66,19 @@ def test_chains_end_on_the_right_answer_and_state_true_verdicts() -> None:
         assert all((now == before) == (verdict == "match") for now, before, verdict in verdicts)
         assert (verdicts[-1][0] if verdicts else guess) == problem.answer
         assert len(verdicts) <= MAX_CHECKS + 6
+
+
+def test_chains_beyond_the_model_s_capacity_waver_and_grow_long() -> None:
+    rng = random.Random(8)
+    lengths, differ = [], 0
+    for problem in BEYOND:
+        guess = str(far_miss(int(problem.answer), rng))
+        assert len(guess) == len(problem.answer)
+        text = _text(chain(problem, guess, opening(problem, rng), rng, DOUBT_MAX_CHECKS).segments)
+        differ += text.count("differ.")
+        lengths.append(text.count("So it is"))
+    assert differ / sum(lengths) > 0.4
+    assert max(lengths) >= DOUBT_MAX_CHECKS
 
 
 def test_a_wrong_guess_carries_no_loss() -> None:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Literal
 
 Split = Literal["train", "dev", "test"]
-Level = Literal["easy", "medium", "hard"]
+Level = Literal["easy", "medium", "hard", "beyond"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Mix:
 
     two_digits: tuple[int, int] = (11, 99)
     three_digits: tuple[int, int] = (101, 499)
+    one_digit: tuple[int, int] = (1, 10)
+    small: tuple[int, int] = (1, 20)
+    any_three_digits: tuple[int, int] = (101, 999)
     factor: tuple[int, int] = (2, 9)
     small_factor: tuple[int, int] = (11, 39)
     divisor: tuple[int, int] = (3, 9)
@@ -80,6 +83,12 @@ class Mix:
 
 MIX = Mix()
 
+SMALL_SHARES: Mapping[str, float] = MappingProxyType({"small": 1.0})
+"""Operands below 11: too easy to be asked in the card's mix, and read wrongly when they were never taught."""
+
+DOUBT_SHARES: Mapping[str, float] = MappingProxyType({"mul33": 0.4, "mul222": 0.25, "mix3": 0.35})
+"""Families beyond the model's capacity, on which its chains grow long and waver."""
+
 LEVELS: Mapping[str, Level] = MappingProxyType(
     {
         "add2": "easy",
@@ -93,6 +102,10 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
         "mul22": "hard",
         "two": "hard",
         "seq": "hard",
+        "small": "easy",
+        "mul33": "beyond",
+        "mul222": "beyond",
+        "mix3": "beyond",
     }
 )
 
@@ -226,6 +239,33 @@ def _seq(rng: random.Random) -> Task:
     return Task("seq", "nth", (start, step, term), start + (term - 1) * step, restated, f"seq:{start},{step},{term}")
 
 
+def _small(rng: random.Random) -> Task:
+    a, b = _draw(rng, MIX.small), _draw(rng, MIX.one_digit)
+    form = rng.choice(["a+b", "a-b", "a*b"])
+    if form == "a+b":
+        a, b = (a, b) if rng.random() < 0.5 else (b, a)
+        return Task("small", form, (a, b), a + b, f"{a} + {b}", f"add:{_ordered(a, b)}")
+    if form == "a-b":
+        a, b = (a, b) if a > b else (a + b, b)
+        return Task("small", form, (a, b), a - b, f"{a} - {b}", f"sub:{a},{b}")
+    return Task("small", form, (a, b), a * b, f"{a} * {b}", f"mul:{_ordered(a, b)}")
+
+
+def _mul222(rng: random.Random) -> Task:
+    a, b, c = (_draw(rng, MIX.two_digits) for _ in range(3))
+    return Task("mul222", "a*b*c", (a, b, c), a * b * c, f"{a} * {b} * {c}", f"mul:{_ordered(a, b, c)}")
+
+
+def _mix3(rng: random.Random) -> Task:
+    while True:
+        a, b, c, d, e, f = (_draw(rng, MIX.two_digits) for _ in range(6))
+        answer = a * b + c * d - e * f
+        if answer > 1:
+            break
+    key = f"mix:{'|'.join(sorted([_ordered(a, b), _ordered(c, d)]))}-{_ordered(e, f)}"
+    return Task("mix3", "a*b+c*d-e*f", (a, b, c, d, e, f), answer, f"{a} * {b} + {c} * {d} - {e} * {f}", key)
+
+
 _TASKS: Mapping[str, Callable[[random.Random], Task]] = MappingProxyType(
     {
         "add2": _add2,
@@ -239,6 +279,10 @@ _TASKS: Mapping[str, Callable[[random.Random], Task]] = MappingProxyType(
         "mul22": lambda rng: _product(rng, "mul22", MIX.two_digits, MIX.small_factor),
         "two": _two,
         "seq": _seq,
+        "small": _small,
+        "mul33": lambda rng: _product(rng, "mul33", MIX.any_three_digits, MIX.any_three_digits),
+        "mul222": _mul222,
+        "mix3": _mix3,
     }
 )
 
@@ -336,7 +380,7 @@ def _question(rng: random.Random, task: Task) -> str:
         left, right = task.restated.split(" of ")[1].split(" and ")
         left, right = _spelled(rng, left), _spelled(rng, right)
         return rng.choice(_STORIES[task.form]).format(l=left, r=right)
-    in_words = task.family in {"rem", "seq"} or rng.random() < 0.4
+    in_words = task.family in {"rem", "seq"} or (task.form in _STORIES and rng.random() < 0.4)
     if not in_words:
         expression = _spelled(rng, task.restated)
         return rng.choice(_ASK_BARE if rng.random() < 0.12 else _ASK).format(e=expression)
@@ -371,11 +415,11 @@ def draw(split: Split, rng: random.Random, shares: Mapping[str, float] = MIX.sha
     )
 
 
-def sample(split: Split, n: int, seed: int) -> list[Problem]:
+def sample(split: Split, n: int, seed: int, shares: Mapping[str, float] = MIX.shares) -> list[Problem]:
     """`n` problems of a split with different questions, the same for the same seed."""
     rng = random.Random(f"{split}-{seed}")
     found: dict[str, Problem] = {}
     while len(found) < n:
-        problem = draw(split, rng)
+        problem = draw(split, rng, shares)
         found.setdefault(problem.question, problem)
     return list(found.values())

@@ -9,7 +9,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from langchain_earlyexit.pocket.traces import BOXED_REQUEST, SYSTEM_PROMPTS, draw_text, synthetic_guesser
+from langchain_earlyexit.pocket.curriculum import draw_lesson
+from langchain_earlyexit.pocket.traces import BOXED_REQUEST, SYSTEM_PROMPTS, synthetic_guesser
 
 CONTROL_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>")
 MARKER_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -27,25 +28,25 @@ _PIECES = (
 
 
 def _words(texts: int, seed: int, at_least: int) -> list[str]:
-    """Pieces of generated training texts, most frequent first, that occur often enough to be tokens."""
+    """Pieces that enough of the generated training texts hold to be tokens, most frequent first."""
     splitter = Sequence([Split(Regex(_PIECES), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
     rng = random.Random(seed)  # noqa: S311
     guesser = synthetic_guesser(right=0.6)
     counts: Counter[str] = Counter()
     for _ in range(texts):
-        text = draw_text(rng, guesser)
+        text = draw_lesson(rng, guesser, early=False)
         whole = "".join(segment.text for segment in (*text.segments, *text.tail))
         for marker in (*CONTROL_TOKENS, *MARKER_TOKENS):
             whole = whole.replace(marker, "\0")
-        for part in whole.split("\0"):
-            counts.update(piece for piece, _ in splitter.pre_tokenize_str(part))
+        # By text, not by occurrence: a chain repeats the made-up name of its tool, which must not become a token.
+        counts.update({piece for part in whole.split("\0") for piece, _ in splitter.pre_tokenize_str(part)})
     for sentence in (*SYSTEM_PROMPTS, BOXED_REQUEST):
         counts.update({piece: at_least for piece, _ in splitter.pre_tokenize_str(sentence)})
     common = [(count, piece) for piece, count in counts.items() if len(piece) > 1 and count >= at_least]
     return [piece for _, piece in sorted(common, key=lambda pair: (-pair[0], pair[1]))]
 
 
-def build(texts: int = 20_000, seed: int = 0, at_least: int = 8) -> Tokenizer:
+def build(texts: int = 20_000, seed: int = 0, at_least: int = 6) -> Tokenizer:
     """A tokenizer over all bytes and the words of the training texts. Words it does not know become bytes."""
     pieces = [*CONTROL_TOKENS, *MARKER_TOKENS, *sorted(ByteLevel.alphabet()), *_words(texts, seed, at_least)]
     vocab = {piece: index for index, piece in enumerate(pieces)}
@@ -60,12 +61,50 @@ def build(texts: int = 20_000, seed: int = 0, at_least: int = 8) -> Tokenizer:
 
 
 CHAT_TEMPLATE = """\
-{%- for message in messages %}
+{%- set turns = messages %}
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages and messages[0].role == 'system' %}
+{{- messages[0].content + '\\n\\n' }}
+{%- set turns = messages[1:] %}
+{%- endif %}
+{{- '# Tools' }}
+{%- for tool in tools %}
+{%- set function = tool.function if tool.function is defined else tool %}
+{%- set schema = function.parameters if function.parameters else {} %}
+{{- '\\n- ' + function.name + '(' }}
+{%- for name, property in (schema.properties or {}).items() %}
+{%- set kinds = property.anyOf if property.anyOf else [property] %}
+{%- set kind = (kinds | rejectattr('type', 'equalto', 'null') | list + kinds)[0] %}
+{{- (', ' if not loop.first else '') + name + ('' if name in (schema.required or []) else '?') + ': ' }}
+{{- kind.enum | join('|') if kind.enum else (kind.type if kind.type is string else 'any') }}
+{%- endfor %}
+{{- ')' }}
+{%- set description = (function.description or '').strip().split('\\n')[0].strip() %}
+{{- ': ' + description if description else '' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in turns %}
 {%- set content = message.content if message.content is string else '' %}
+{%- if message.role == 'tool' %}
+{{- '\\n' if loop.previtem is defined and loop.previtem.role == 'tool' else '<|im_start|>user\\n' }}
+{{- '<tool_response>\\n' + content + '\\n</tool_response>' }}
+{{- '' if loop.nextitem is defined and loop.nextitem.role == 'tool' else '<|im_end|>\\n' }}
+{%- else %}
 {%- if message.role == 'assistant' and '</think>' in content %}
 {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
 {%- endif %}
-{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{{- '<|im_start|>' + message.role + '\\n' + content }}
+{%- for call in message.tool_calls or [] %}
+{%- set function = call.function if call.function is defined else call %}
+{{- '\\n' if content or not loop.first else '' }}
+{{- '<tool_call>\\n{"name": "' + function.name + '", "arguments": ' }}
+{{- function.arguments if function.arguments is string else function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|im_start|>assistant\\n' }}

@@ -32,6 +32,10 @@ STOP_ODDS = (0.15, 0.4, 0.6, 0.7, 0.8)
 MAX_CHECKS = 6
 SLIP_ODDS = 0.06
 """Share of checks in which one step gets a wrong result (without loss), so that repair is learnt."""
+DOUBT_STOP_ODDS = (0.3, 0.6, 0.8)
+DOUBT_MAX_CHECKS = 12
+DOUBT_SLIP_ODDS = 0.3
+"""As above, for problems beyond the model's capacity."""
 SAME_METHOD_ODDS = 0.05
 STOP_AT_GUESS_ODDS = 0.03
 
@@ -104,6 +108,14 @@ def near_miss(value: int, rng: random.Random) -> int:
         return value + rng.choice([-1, 1, 2]) if value > 0 else value + rng.choice([1, 2])
     steps = [-10, -1, 1, 10, 2, -2] + ([100, -100] if value > 200 else [])
     return max(0, value + rng.choice(steps))
+
+
+def far_miss(value: int, rng: random.Random) -> int:
+    """A wrong value with the right number of digits, as a hopeless guess is."""
+    digits = list(str(value))
+    for place in rng.sample(range(1, len(digits)), rng.randint(1, len(digits) - 1)):
+        digits[place] = rng.choice("0123456789".replace(digits[place], ""))
+    return int("".join(digits))
 
 
 def _parts(n: int) -> list[int]:
@@ -198,11 +210,14 @@ def _times_round(s: Scratch, a: int, b: int) -> int:
 
 def _long_split(s: Scratch, a: int, b: int) -> int:
     products = [s.mul(a, part) for part in _parts(b)]
-    return s.add(products[0], products[1]) if len(products) > 1 else products[0]
+    total = products[0]
+    for product in products[1:]:
+        total = s.add(total, product)
+    return total
 
 
 def _long_round(s: Scratch, a: int, b: int) -> int:
-    up = _up(b, 10)
+    up = _up(b, _unit(b))
     total = s.mul(a, up)
     return s.sub(total, s.mul(a, up - b)) if up != b else total
 
@@ -315,6 +330,21 @@ def _of_two(method: Callable[[Scratch, int, int], int], swap: bool = False) -> M
     return lambda s, n: method(s, n[1], n[0]) if swap else method(s, n[0], n[1])
 
 
+def _mul222(first: int, second: int, third: int) -> Method:
+    def method(s: Scratch, n: tuple[int, ...]) -> int:
+        return _long_split(s, _long_split(s, n[first], n[second]), n[third])
+
+    return method
+
+
+def _mix3(order: tuple[int, int, int], product: Callable[[Scratch, int, int], int]) -> Method:
+    def method(s: Scratch, n: tuple[int, ...]) -> int:
+        products = {i: product(s, n[2 * i], n[2 * i + 1]) for i in order}
+        return s.sub(s.add(products[0], products[1]), products[2])
+
+    return method
+
+
 def _half_split(s: Scratch, a: int, b: int) -> int:
     """Product with `b` taken apart, for a `b` of one or two digits."""
     return _long_split(s, a, b) if b >= 10 else _times(s, a, b)
@@ -335,7 +365,7 @@ def methods_of(problem: Problem) -> Mapping[str, Method]:
         if _up(n[1], _unit(n[1])) not in {n[1]} and _up(n[1], _unit(n[1])) <= n[0]:
             methods[f"rounding {n[1]} up"] = _of_two(_sub_round)
         return methods
-    if form == "a*b" and problem.family == "mul22":
+    if form == "a*b" and problem.family in {"mul22", "mul33"}:
         return {
             f"splitting {n[1]}": _of_two(_long_split),
             f"splitting {n[0]}": _of_two(_long_split, swap=True),
@@ -367,6 +397,18 @@ def methods_of(problem: Problem) -> Mapping[str, Method]:
             "taking the first product first": _two((0, 1), _times),
             "taking the second product first": _two((1, 0), _times),
             "taking units first": _two((0, 1), _times_units_first),
+        }
+    if form == "a*b*c":
+        return {
+            "taking the first two first": _mul222(0, 1, 2),
+            "taking the last two first": _mul222(1, 2, 0),
+            "taking the outer two first": _mul222(0, 2, 1),
+        }
+    if form == "a*b+c*d-e*f":
+        return {
+            "taking the products in order": _mix3((0, 1, 2), _long_split),
+            "taking the last product first": _mix3((2, 0, 1), _long_split),
+            "rounding up": _mix3((0, 1, 2), _long_round),
         }
     if form == "a%b":
         methods = {"using multiples": _rem_multiples, "going part by part": _rem_parts}
@@ -414,7 +456,7 @@ def _check(problem: Problem, name: str, cue: str, before: str, rng: random.Rando
     method = methods_of(problem)[name]
     scratch = Scratch(rng)
     value = method(scratch, problem.numbers)
-    if rng.random() < SLIP_ODDS:
+    if rng.random() < (DOUBT_SLIP_ODDS if problem.level == "beyond" else SLIP_ODDS):
         retry = Scratch(rng, slip=rng.randrange(scratch.count))
         slipped_value = method(retry, problem.numbers)
         written = "".join(segment.text for segment in retry.segments)
@@ -438,10 +480,11 @@ def chain(problem: Problem, guess: str, start: str, rng: random.Random, max_chec
     sentence_cuts: list[int] = []
     value, last, agreed = guess, "", 0
     names = list(methods_of(problem))
+    stop_odds = DOUBT_STOP_ODDS if problem.level == "beyond" else STOP_ODDS
     checks = 0
     while checks < max_checks or value != problem.answer:
         right = value == problem.answer
-        if right and agreed and rng.random() < STOP_ODDS[min(agreed, len(STOP_ODDS)) - 1]:
+        if right and agreed and rng.random() < stop_odds[min(agreed, len(stop_odds)) - 1]:
             break
         if right and not checks and rng.random() < STOP_AT_GUESS_ODDS:
             break
@@ -701,7 +744,8 @@ def synthetic_guesser(right: float, shares: Mapping[str, float] | None = None) -
 
     def guesser(rng: random.Random) -> tuple[Problem, str, str]:
         problem = draw("train", rng, shares) if shares else draw("train", rng)
-        guess = problem.answer if rng.random() < right else str(near_miss(int(problem.answer), rng))
+        miss = far_miss if problem.level == "beyond" and int(problem.answer) > 99 else near_miss
+        guess = problem.answer if rng.random() < right else str(miss(int(problem.answer), rng))
         return problem, opening(problem, rng), guess
 
     return guesser

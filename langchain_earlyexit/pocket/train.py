@@ -27,31 +27,24 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from langchain_earlyexit.pocket import tokenizer as pocket_tokenizer
-from langchain_earlyexit.pocket.evaluate import quick_scores
+from langchain_earlyexit.pocket.curriculum import ARITHMETIC_SHARES, draw_lesson, early_guesser
+from langchain_earlyexit.pocket.evaluate import quick_ability_scores, quick_scores
 from langchain_earlyexit.pocket.forward import Weights, generate, hidden_states, logits
 from langchain_earlyexit.pocket.problems import Problem, draw, sample
-from langchain_earlyexit.pocket.traces import (
-    MAX_CHECKS,
-    MODES,
-    WARMUP_MAX_CHECKS,
-    WARMUP_MODES,
-    WARMUP_SHARES,
-    Guesser,
-    Text,
-    draw_text,
-    opening,
-    prompt,
-    synthetic_guesser,
-)
+from langchain_earlyexit.pocket.traces import Guesser, Text, opening, prompt
 
 CONTEXT = 2048
+CHUNK = 768
+"""Texts that are drawn at once and sorted by length."""
+LONGEST = 1800
+"""Tokens of the longest text that is trained on."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the outcome of a run."""
 
-    tokens: int = 30_000_000
+    tokens: int = 45_000_000
     minutes: float | None = None
     processes: int = 2
     seed: int = 0
@@ -65,11 +58,11 @@ class Recipe:
     warmup_steps: int = 60
     padded_tokens_per_step: int = 3600
     digit_weight: float = 3.0
-    early_share: float = 0.15
-    refresh_at: tuple[float, ...] = (0.15, 0.25, 0.4, 0.55, 0.7, 0.85)
+    early_share: float = 0.10
+    refresh_at: tuple[float, ...] = (0.10, 0.2, 0.35, 0.5, 0.65, 0.8)
     refresh_problems: int = 2500
-    checkpoint_minutes: float = 6.0
-    check_problems: int = 100
+    checkpoint_minutes: float = 8.0
+    check_problems: int = 80
 
 
 def new_model(recipe: Recipe, vocabulary: int) -> Any:
@@ -128,19 +121,30 @@ Batch = list[tuple[list[int], list[bool]]]
 
 
 def batches(tokenizer: Any, rng: random.Random, guesser: Guesser, early: bool, padded_tokens: int) -> list[Batch]:
-    """One chunk of random texts in batches of similar length, in random order."""
-    modes = WARMUP_MODES if early else MODES
-    shares = WARMUP_SHARES if early else None
-    checks = WARMUP_MAX_CHECKS if early else MAX_CHECKS
-    texts = [encode_text(tokenizer, draw_text(rng, guesser, modes, shares, checks)) for _ in range(512)]
-    texts = sorted((text for text in texts if len(text[0]) <= padded_tokens), key=lambda text: len(text[0]))
+    """One chunk of random texts in batches of similar length, shortest texts first."""
+    texts = [encode_text(tokenizer, draw_lesson(rng, guesser, early)) for _ in range(CHUNK)]
+    texts = sorted((text for text in texts if len(text[0]) <= LONGEST), key=lambda text: len(text[0]))
     groups: list[Batch] = [[]]
     for text in texts:
         if (len(groups[-1]) + 1) * len(text[0]) > padded_tokens:
             groups.append([])
         groups[-1].append(text)
-    rng.shuffle(groups)
     return groups
+
+
+def in_step(groups: list[Batch], order: random.Random) -> list[Batch]:
+    """The batches in an order that all processes share, so that none waits with a short one for another's long one.
+
+    Args:
+        groups: this process's batches, by length.
+        order: equal in all processes.
+    """
+    count = torch.tensor(len(groups))
+    dist.all_reduce(count, dist.ReduceOp.MIN)
+    few = int(count)
+    places = list(range(few))
+    order.shuffle(places)
+    return [groups[i * len(groups) // few] for i in places]  # a surplus batch is left out somewhere
 
 
 def summed_loss(model: Any, batch: Batch, digits: torch.Tensor, digit_weight: float) -> tuple[torch.Tensor, float, int]:
@@ -167,7 +171,7 @@ class OwnGuesses:
     """First guesses sampled from the model in training, on training problems."""
 
     def __init__(self, model: Any, tokenizer: Any, problems: int, rng: random.Random) -> None:
-        drawn = [draw("train", rng) for _ in range(problems)]
+        drawn = [draw("train", rng, ARITHMETIC_SHARES) for _ in range(problems)]
         openings = [opening(problem, rng) for problem in drawn]
         prompts = [
             tokenizer.encode(prompt([("user", problem.question)]) + start).ids
@@ -298,7 +302,6 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
     progress = progress_at(seconds)
     saved_at = seconds
     recent: list[float] = []
-    early_guesser = synthetic_guesser(right=0.6, shares=WARMUP_SHARES)
     guesser: Guesser = early_guesser
     refreshes = 0
     digits = torch.tensor([tokenizer.token_to_id(digit) for digit in "0123456789"])
@@ -310,12 +313,13 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
             refreshes = due
             started = time.monotonic()
             own = OwnGuesses(model, tokenizer, recipe.refresh_problems, rng)
-            guesser = own
+            guesser = own if own.pool else guesser  # an untrained model writes no numbers yet
             queue.clear()
             right = _gather_scores({"own_guess_right": (own.right * len(own.pool), len(own.pool))})
             report(**right, refresh_seconds=round(time.monotonic() - started, 1))
         if not queue:
-            queue = batches(tokenizer, rng, early_guesser if early else guesser, early, recipe.padded_tokens_per_step)
+            chunk = batches(tokenizer, rng, early_guesser if early else guesser, early, recipe.padded_tokens_per_step)
+            queue = in_step(chunk, random.Random(f"{recipe.seed}/{step}"))
         loss, loss_weight, all_tokens = summed_loss(model, queue.pop(), digits, recipe.digit_weight)
         loss.backward()  # type: ignore[no-untyped-call]
         clock = time.monotonic() - began if rank == 0 else 0.0
@@ -333,7 +337,9 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
             if rank == 0:
                 save(checkpoint)
             started = time.monotonic()
-            scores = _gather_scores(quick_scores(model, tokenizer, held_out))
+            quick = quick_scores(model, tokenizer, held_out)
+            quick |= quick_ability_scores(model, tokenizer, "dev", recipe.check_problems // 4, recipe.seed + rank)
+            scores = _gather_scores(quick)
             report(
                 progress=round(progress, 3),
                 loss=round(sum(recent) / len(recent), 4),

@@ -1,0 +1,72 @@
+"""Tools and calls as text: the tools in the system turn, and the calls of an assistant's turn. Needs no torch."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Call = dict[str, Any]
+"""`{"name": str, "arguments": dict}`"""
+
+
+def _type_of(schema: Mapping[str, Any]) -> str:
+    kinds = schema.get("anyOf") or [schema]
+    kind = next((kind for kind in kinds if kind.get("type") != "null"), kinds[0])
+    if "enum" in kind:
+        return "|".join(str(value) for value in kind["enum"])
+    return kind["type"] if isinstance(kind.get("type"), str) else "any"
+
+
+def tool_line(tool: Mapping[str, Any]) -> str:
+    """One line about a tool: `- add(a: integer, note?: string): Add two numbers.`"""
+    function = tool["function"]
+    parameters = function.get("parameters") or {}
+    required = parameters.get("required", [])
+    written = ", ".join(
+        f"{name}{'' if name in required else '?'}: {_type_of(schema)}"
+        for name, schema in parameters.get("properties", {}).items()
+    )
+    description = (function.get("description") or "").strip().split("\n")[0].strip()
+    return f"- {function['name']}({written})" + (f": {description}" if description else "")
+
+
+def system_with_tools(system: str, tools: Sequence[Mapping[str, Any]]) -> str:
+    """The system turn's text: the system text, if any, a blank line, and the tools, one a line."""
+    listed = "# Tools\n" + "\n".join(tool_line(tool) for tool in tools)
+    return f"{system}\n\n{listed}" if system else listed
+
+
+def calls_text(calls: Sequence[Call]) -> str:
+    """Calls as an assistant's turn writes them."""
+    written = (json.dumps({"name": c["name"], "arguments": c["arguments"]}, ensure_ascii=False) for c in calls)
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in written)
+
+
+_CALLS = re.compile(r"<tool_call>\n(.*)\n</tool_call>")
+
+
+def final_part(text: str) -> str:
+    """What stands after the thinking, without the end of the turn."""
+    return text.rsplit("</think>", 1)[-1].replace("<|im_end|>", "").strip()
+
+
+def parse_calls(text: str) -> tuple[Call, ...] | None:
+    """The calls after the thinking; none in a text without calls; None where a call is malformed."""
+    final = final_part(text)
+    if "tool_call>" not in final:
+        return ()
+    found: list[Call] = []
+    for written in final.split("</tool_call>\n"):
+        whole = _CALLS.fullmatch(written if written.endswith("</tool_call>") else f"{written}</tool_call>")
+        if not whole:
+            return None
+        try:
+            call = json.loads(whole[1])
+        except json.JSONDecodeError:
+            return None
+        if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
+            return None
+        if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
+            return None
+        found.append(call)
+    return tuple(found)
