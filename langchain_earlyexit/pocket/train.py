@@ -44,7 +44,7 @@ LONGEST = 1800
 class Recipe:
     """Everything that decides the outcome of a run."""
 
-    tokens: int = 45_000_000
+    tokens: int = 50_000_000
     minutes: float | None = None
     processes: int = 2
     seed: int = 0
