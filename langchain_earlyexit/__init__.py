@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from langchain_earlyexit.callbacks import ExitCallbackHandler, get_exit_callback
     from langchain_earlyexit.chat_models import ChatEarlyExit
     from langchain_earlyexit.engines.function import FunctionEngine
+    from langchain_earlyexit.guarantee import Calibration
     from langchain_earlyexit.policies import (
         DEER,
         EAT,
+        LYNX,
         AnswerConvergence,
         CoDEStop,
         FirstOf,
+        GiveUp,
         Never,
         Policy,
         ThinkBrake,
         replay,
     )
+    from langchain_earlyexit.probe import Probe
     from langchain_earlyexit.record import ExitRecord
     from langchain_earlyexit.trace import Check, Decision, Trace
 
@@ -34,7 +38,21 @@ _HOMES = {
     "callbacks": ("ExitCallbackHandler", "get_exit_callback"),
     "chat_models": ("ChatEarlyExit",),
     "engines.function": ("FunctionEngine",),
-    "policies": ("DEER", "EAT", "AnswerConvergence", "CoDEStop", "FirstOf", "Never", "Policy", "ThinkBrake", "replay"),
+    "guarantee": ("Calibration",),
+    "policies": (
+        "DEER",
+        "EAT",
+        "LYNX",
+        "AnswerConvergence",
+        "CoDEStop",
+        "FirstOf",
+        "GiveUp",
+        "Never",
+        "Policy",
+        "ThinkBrake",
+        "replay",
+    ),
+    "probe": ("Probe",),
     "record": ("ExitRecord",),
     "trace": ("Check", "Decision", "Trace"),
 }
@@ -45,9 +63,11 @@ __all__ = [
     "CHOICE",
     "DEER",
     "EAT",
+    "LYNX",
     "TEXT",
     "AnswerConvergence",
     "AnswerForm",
+    "Calibration",
     "ChatEarlyExit",
     "Check",
     "CoDEStop",
@@ -56,8 +76,10 @@ __all__ = [
     "ExitRecord",
     "FirstOf",
     "FunctionEngine",
+    "GiveUp",
     "Never",
     "Policy",
+    "Probe",
     "ThinkBrake",
     "Trace",
     "__version__",

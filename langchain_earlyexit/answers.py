@@ -320,8 +320,9 @@ def _normalised_maths(span: str) -> str:
 def _unwrapped(text: str) -> str:
     text = text.replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text)
-    text = re.sub(r"(?<=[0-9])\\[,!](?=[0-9])", "", text)  # LaTeX's thousands separator
-    text = re.sub(r"\\[,!;: ]|\\q?quad(?![A-Za-z])|~", " ", text)
+    # LaTeX's thousands separators: 10\,080 and 10,\!080
+    text = re.sub(r"(?<=[0-9])(?:\\[,!](?=[0-9])|,\\! ?(?=[0-9]{3}(?![0-9])))", "", text)
+    text = re.sub(r"(?<!\\)\\[,!;: ]|\\q?quad(?![A-Za-z])|~", " ", text)  # but not the end of a row, `\\ `
     text = " ".join(text.split())
     text = text.rstrip(". ")
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from langchain_core.messages import BaseMessage
 
 from langchain_earlyexit.answers import BOXED, FORMS, TEXT, AnswerForm, detect_form
+from langchain_earlyexit.asks import FREE, Asks
 from langchain_earlyexit.codec import Codec
 from langchain_earlyexit.controller import Request
 from langchain_earlyexit.cues import CueSpec
 from langchain_earlyexit.engines.program import Engine
 from langchain_earlyexit.families import Family, ThinkTags, find_family, thinking_tags
-from langchain_earlyexit.messages import render
+from langchain_earlyexit.fingerprint import digest
+from langchain_earlyexit.grammar import Grammars
+from langchain_earlyexit.guarantee import call_fingerprint
+from langchain_earlyexit.guide import Bounds
+from langchain_earlyexit.jsonforms import JSON, ToolCall
+from langchain_earlyexit.messages import Prompt, render
 from langchain_earlyexit.policies import Never
+from langchain_earlyexit.probe import Probe
 from langchain_earlyexit.settings import Settings
+from langchain_earlyexit.toolturns import ToolTurns
 
 _ANSWER_RESERVE = 256
 _CUE_GAP = 8
@@ -33,38 +43,122 @@ class Binding:
     family: Family
     tags: ThinkTags | None
     cues: CueSpec
+    grammars: Grammars
+    turns: ToolTurns
+    probe: Probe | None = None
 
     @classmethod
-    def of(cls, engine: Engine) -> Binding:
-        """Read tokenizer, template and generation config of `engine`."""
+    def of(cls, engine: Engine, probe: Probe | None = None) -> Binding:
+        """Read tokenizer, template and generation config of `engine`.
+
+        Raises:
+            ValueError: a probe that was trained on something else than this engine runs.
+        """
         tokenizer = engine.tokenizer
         family = find_family(*engine.family_hints)
         template = getattr(tokenizer, "chat_template", None)
+        with_tools = None
         if isinstance(template, dict):
-            template = template.get("default")
+            with_tools, template = template.get("tool_use"), template.get("default")
         eos = engine.generation_defaults.get("eos_token_id", ())
-        return cls(
+        codec = Codec(tokenizer, tuple(eos) if isinstance(eos, list | tuple) else (eos,))
+        bound = cls(
             engine=engine,
-            codec=Codec(tokenizer, tuple(eos) if isinstance(eos, list | tuple) else (eos,)),
+            codec=codec,
             family=family,
             tags=thinking_tags(template, tokenizer.get_added_vocab(), family),
             cues=CueSpec(words=family.cues, min_gap=_CUE_GAP),
+            grammars=Grammars(tokenizer, codec.eos),
+            turns=ToolTurns.of(template if with_tools is None else with_tools),
+            probe=probe,
         )
+        if probe is not None:
+            probe.refuse_mismatch(bound.fingerprint)
+        return bound
 
-    def request(self, messages: Sequence[BaseMessage], settings: Settings) -> Request:
-        """The request for one call.
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What an artifact made on this model is bound to: weights, dtype, tokenizer, chat template and cues."""
+        tokenizer = self.engine.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            vocabulary = tokenizer.get_vocab()
+        else:  # how it last truncated and padded is state, of no account here
+            vocabulary = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        identity: Mapping[str, str] = getattr(self.engine, "identity", {})
+        return {
+            "weights": identity.get("weights", self.engine.name),
+            "dtype": identity.get("dtype", "unknown"),
+            "tokenizer": digest(vocabulary),
+            "template": digest(getattr(tokenizer, "chat_template", None)),
+            "cues": json.dumps(asdict(self.cues)),
+        }
+
+    def call_fingerprint(
+        self, messages: Sequence[BaseMessage], settings: Settings, request: Request, asks: Asks = FREE
+    ) -> dict[str, str]:
+        """`fingerprint`, and what a promise about calls like this one depends on beside it and the policy.
+
+        Args:
+            messages: whose system prompts count.
+            settings: of the call.
+            request: what they make.
+            asks: tools and schema of the call.
+        """
+        return {
+            **self.fingerprint,
+            **call_fingerprint(
+                engine=self.engine.name,
+                system_prompt="\n".join(message.text for message in messages if message.type == "system"),
+                tools=asks.shown,
+                answer_form={
+                    "name": request.form.name,
+                    **asdict(request.form),
+                    "reuse": request.reuse,
+                    "stop": list(request.stop),
+                },
+                sampling=asdict(request.sampling),
+                caps={
+                    "thinking": request.budget,
+                    "total": settings.max_tokens,
+                    "reserve": settings.answer_reserve,
+                    "context": self.engine.context_length,
+                },
+                probe=None if self.probe is None else self.probe.digest,
+            ),
+        }
+
+    def prompt(
+        self,
+        messages: Sequence[BaseMessage],
+        settings: Settings,
+        tools: Sequence[Mapping[str, Any]] = (),
+        schema: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The conversation, and the tools as OpenAI's function descriptions, as the model is shown them.
 
         Raises:
-            ValueError: no messages, content that is not text, or a prompt or cap that leaves no room to answer.
+            ValueError: no messages, or content that is not text.
         """
-        prompt = render(
+        return render(
             self.engine.tokenizer,
             messages,
             tags=self.tags,
             family=self.family,
             thinking=settings.budget != 0,
             include_reasoning=settings.include_history_reasoning,
+            tools=tools,
+            turns=self.turns,
+            schema=schema,
         )
+
+    def request(self, messages: Sequence[BaseMessage], settings: Settings, asks: Asks = FREE) -> Request:
+        """The request for one call.
+
+        Raises:
+            ValueError: no messages, content that is not text, or a prompt or cap that leaves no room to answer.
+        """
+        prompt = self.prompt(messages, settings, asks.shown, asks.described)
         message = settings.thinking_budget_message
         limit = _limit(settings.max_tokens, self.engine.context_length, len(prompt.ids))
         return Request(
@@ -74,7 +168,8 @@ class Binding:
             tags=None if self.tags is None else (self.tags.start, self.tags.end),
             policy=settings.exit_policy or Never(),
             cues=self.cues,
-            form=self._form(settings.answer_form, messages),
+            form=self._json_form(asks) or self._form(settings.answer_form, messages),
+            bounds=self._bounds(asks),
             message=self.family.budget_message if message is None else message,
             budget=settings.budget,
             limit=limit,
@@ -85,6 +180,7 @@ class Binding:
             look=settings.look,
             shadow=settings.shadow,
             reuse=settings.reuse_trial_answer,
+            probe=self.probe,
         )
 
     def _sampling_defaults(self) -> Mapping[str, Any]:
@@ -94,6 +190,30 @@ class Binding:
             return self.family.sampling
         # What a checkpoint that samples leaves unsaid is transformers' default of 1.0, not greedy.
         return {"temperature": 1.0, **self.family.sampling, **config}
+
+    def _json_form(self, asks: Asks) -> AnswerForm | None:
+        """The form of a turn that may call or must be JSON, whatever form other turns have; else None."""
+        if asks.callables:
+            form = self.turns.format
+            if asks.forced:
+                return ToolCall.forced(form)
+            return ToolCall(format=form, otherwise=TEXT if asks.schema is None else JSON)
+        return None if asks.schema is None else JSON
+
+    def _bounds(self, asks: Asks) -> Bounds | None:
+        tools, schema, form = asks.callables, asks.schema, self.turns.format
+        if not tools:
+            return None if schema is None else Bounds(self.grammars.schema(schema))
+        if asks.forced:
+            return Bounds(self.grammars.calls(form, tools, parallel=asks.parallel), form, said=form.lead)
+        if schema is not None and form.at_start and next(iter(schema.get("properties", ())), "") == "name":
+            raise ValueError(
+                f"this model begins its calls ({form.name}) as the response format begins, with {form.trigger!r}; "
+                "put another property of the schema first, or give tools and response_format in calls of their own"
+            )
+        return Bounds(
+            self.grammars.calls(form, tools, parallel=asks.parallel, otherwise=schema), form, at_once=schema is not None
+        )
 
     def _form(self, wanted: str | AnswerForm, messages: Sequence[BaseMessage]) -> AnswerForm:
         if isinstance(wanted, AnswerForm):

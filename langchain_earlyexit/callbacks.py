@@ -7,21 +7,26 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.tracers.context import register_configure_hook
 
-from langchain_earlyexit.record import KEY
+from langchain_earlyexit.record import COUNTS, KEY, sum_of_counts
 
 
 @dataclass
 class ExitTotals:
-    """Sums over the calls of one model; `reasons` counts how their thinking ended."""
+    """Sums over the calls of one model; `reasons` counts how their thinking ended.
+
+    `cached` counts answers that came out of a LangChain cache. They computed nothing, and are in no other number.
+    """
 
     calls: int = 0
+    cached: int = 0
     exited: int = 0
     checks: int = 0
     thinking_tokens: int = 0
@@ -34,37 +39,34 @@ class ExitTotals:
     @property
     def output_tokens(self) -> int:
         """All that was computed beyond the prompts."""
-        return (
-            self.thinking_tokens + self.forced_tokens + self.answer_tokens + self.trial_tokens + self.speculated_tokens
-        )
+        return sum_of_counts(self)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in one exit record."""
         self.calls += 1
         self.exited += bool(record["exited"])
         self.reasons[record["reason"]] += 1
-        for name in (
-            "checks",
-            "thinking_tokens",
-            "forced_tokens",
-            "answer_tokens",
-            "trial_tokens",
-            "speculated_tokens",
-        ):
+        for name in ("checks", *COUNTS):
             setattr(self, name, getattr(self, name) + record[name])
 
 
 class ExitCallbackHandler(BaseCallbackHandler):
-    """Adds up exit records, per model name, in `totals`. Safe under threads and async.
+    """Adds up exit records, per model name. Safe under threads and async.
 
     It reads finished messages (`on_llm_end`), which every way of calling a model reports. Messages of other models,
-    without an exit record, are passed over.
+    without an exit record, are passed over; so are calls that were broken off or failed, which have none.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        self.totals: dict[str, ExitTotals] = {}
+        self._totals: dict[str, ExitTotals] = {}
+
+    @property
+    def totals(self) -> dict[str, ExitTotals]:
+        """The sums so far, by model name: a copy, which later calls do not change."""
+        with self._lock:
+            return {name: replace(found, reasons=found.reasons.copy()) for name, found in self._totals.items()}
 
     def __repr__(self) -> str:
         return repr(self.totals)
@@ -73,13 +75,21 @@ class ExitCallbackHandler(BaseCallbackHandler):
         """Take in the records of one call."""
         for generations in response.generations:
             for generation in generations:
-                if not isinstance(generation, ChatGeneration):
-                    continue
-                metadata = generation.message.response_metadata
-                record = metadata.get(KEY)
-                if record is not None:
-                    with self._lock:
-                        self.totals.setdefault(metadata["model_name"], ExitTotals()).add(record)
+                if isinstance(generation, ChatGeneration) and isinstance(generation.message, AIMessage):
+                    self._take(generation.message)
+
+    def _take(self, message: AIMessage) -> None:
+        record = message.response_metadata.get(KEY)
+        if record is None:
+            return
+        # How core marks what it took from a cache.
+        cached = "total_cost" in (message.usage_metadata or {})
+        with self._lock:
+            totals = self._totals.setdefault(message.response_metadata["model_name"], ExitTotals())
+            if cached:
+                totals.cached += 1
+            else:
+                totals.add(record)
 
 
 _current: ContextVar[ExitCallbackHandler | None] = ContextVar("earlyexit_callback", default=None)

@@ -6,8 +6,9 @@ import asyncio
 import threading
 import uuid
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseRunManager, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
@@ -15,18 +16,32 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 
 from langchain_earlyexit._version import __version__
 from langchain_earlyexit.answers import AnswerForm
+from langchain_earlyexit.asks import Asks
 from langchain_earlyexit.binding import Binding
 from langchain_earlyexit.controller import program
+from langchain_earlyexit.copies import Copied
 from langchain_earlyexit.engines.program import Engine, Stream
 from langchain_earlyexit.engines.shared import acquire, release
+from langchain_earlyexit.events import Blocks
+from langchain_earlyexit.guarantee import Calibration
+from langchain_earlyexit.lanes import audited
+from langchain_earlyexit.pocket import CONTEXT_LENGTH as POCKET_CONTEXT
 from langchain_earlyexit.pocket import weights_dir
 from langchain_earlyexit.policies import CoDEStop, FirstOf, Never, Policy
+from langchain_earlyexit.probe import Probe
+from langchain_earlyexit.promises import Promises, load_calibration, refuse_unserved
 from langchain_earlyexit.replies import Call, atell, tell
 from langchain_earlyexit.settings import BUDGET_NAMES, EFFORT_BUDGETS, NAMES, Settings, as_policy, as_stop, only_one
+from langchain_earlyexit.signals import require
+from langchain_earlyexit.tooled import Tooled
+
+if TYPE_CHECKING:
+    from langchain_protocol.protocol import MessagesData
 
 _BATCH_WIDTH = 64
 """Calls of one `batch` in flight: as many as the local engine runs at once."""
@@ -35,7 +50,7 @@ _GATHERED = 64
 """Events that wait before the reader of a whole call is woken."""
 
 
-class ChatEarlyExit(BaseChatModel):
+class ChatEarlyExit(Tooled, Copied, BaseChatModel):
     """A local reasoning model that stops thinking when more thinking no longer changes the answer.
 
     The answer is `content`, the thinking is `additional_kwargs["reasoning_content"]`, and the exit record, with the
@@ -71,6 +86,11 @@ class ChatEarlyExit(BaseChatModel):
     revision: str | None = None
     quantization_config: Any = None
     trust_remote_code: bool = False
+    probe: Any = None
+    """Measures `p_safe` for LYNX: a `Probe`, a directory that holds one, or a hub id. Refused on another model."""
+    calibration: Any = None
+    """What `confidence` is served from: a file that `earlyexit calibrate` wrote, a hub id, or a `Calibration`. Refused
+    on another model."""
     max_retries: int = 2
     """How often loading from the hub is tried again after a network failure."""
     streaming: bool = False
@@ -78,15 +98,18 @@ class ChatEarlyExit(BaseChatModel):
     """Seconds for one whole call, waiting in line included; past it TimeoutError is raised and the call is stopped."""
 
     exit_policy: Any = None
-    """A policy, or its name ("never", "deer", "codestop", "convergence", "eat", "thinkbrake"); None never exits."""
+    """A policy, or its name ("never", "deer", "codestop", "lynx", "convergence", "eat", "thinkbrake", "giveup"); None
+    never exits."""
     confidence: float | None = None
-    """1 - epsilon: the share of questions whose answer an early exit must not change. Needs a calibration."""
+    """1 - epsilon, where epsilon is the highest tolerated chance that leaving early changes the answer. Needs a
+    `calibration`, whose next stricter level is served; takes the place of `exit_policy`."""
     thinking_budget: int | None = Field(default=None, validation_alias=AliasChoices(*BUDGET_NAMES))
     """Exact cap on thinking tokens; 0 no thinking, -1 or None no cap."""
     thinking_budget_message: str | None = None
     """Fed before the end tag when the budget ends the thinking; the family's published sentence when None."""
     reasoning_effort: str | None = None
-    """A name for a budget: see `EFFORT_BUDGETS`. `thinking_budget` says it exactly; give one of the two."""
+    """A name for a budget: see `EFFORT_BUDGETS`. `thinking_budget` says it exactly; give one of the two. With a
+    `calibration`, and neither policy nor confidence beside it, it is a confidence too: see `EFFORT_CONFIDENCES`."""
     answer_form: Any = "auto"
     """"auto", "boxed", "choice", "text" or an `AnswerForm`: how an answer is induced, compared and scored."""
     answer_reserve: int | None = None
@@ -105,6 +128,9 @@ class ChatEarlyExit(BaseChatModel):
     """Equal seeds give equal text, whatever else runs. None draws one, which the response metadata tell."""
     stop: list[str] | None = Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
     """Strings that end the answer. In the thinking they mean nothing."""
+    audit_rate: float = 0.0
+    """Share of the calls with a confidence that think to the end, to see whether leaving would have changed the answer.
+    When too many would, early exit is off until the model is calibrated again. See `promises`."""
     shadow: bool = False
     """Decide but never exit; the record tells where it would have."""
     include_checks: bool = False
@@ -113,6 +139,7 @@ class ChatEarlyExit(BaseChatModel):
     """Hand the reasoning of earlier turns to the chat template."""
 
     _bound: Binding | None = PrivateAttr(default=None)
+    _promises: Promises | None = PrivateAttr(default=None)
     _calls: dict[str, Stream] = PrivateAttr(default_factory=dict)
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
     # Held for as long as weights load: nothing that an event loop runs may ever wait for it.
@@ -143,7 +170,10 @@ class ChatEarlyExit(BaseChatModel):
                 )
         elif not isinstance(self.engine, Engine):
             raise ValueError(f"engine must be 'transformers' or an Engine, not {type(self.engine).__name__}")
-        self._settings()
+        settings = self._settings()
+        refuse_unserved(settings, self.calibration)
+        if self.probe is None and settings.exit_policy is not None:
+            require(settings.exit_policy, None)
         return self
 
     @model_validator(mode="after")
@@ -167,9 +197,14 @@ class ChatEarlyExit(BaseChatModel):
         # Core writes a call's own `stop` under that name, and would hide this one from the cache key.
         told["stop_sequences"] = told.pop("stop")
         told["model"] = self.model
-        told["engine"] = self.engine if isinstance(self.engine, str) else self.engine.name
+        told["engine"] = self.engine if isinstance(self.engine, str) else _which(self.engine)
         for name in ("dtype", "device", "device_map", "revision"):
             told[name] = getattr(self, name)
+        if self.probe is not None:
+            told["probe"] = str(self.probe)
+        if self.calibration is not None:
+            known = isinstance(self.calibration, Calibration)
+            told["calibration"] = self.calibration.digest if known else str(self.calibration)
         if self.quantization_config is not None:
             told["quantization_config"] = str(self.quantization_config)
         return told
@@ -197,11 +232,14 @@ class ChatEarlyExit(BaseChatModel):
             video_inputs=False,
             reasoning_output=True,
             reasoning_effort_levels=list(EFFORT_BUDGETS),
-            tool_calling=False,
-            structured_output=False,
+            tool_calling=True,
+            tool_choice=True,
+            tool_call_streaming=True,
+            structured_output=True,
         )
-        context = None if self._bound is None else self._bound.engine.context_length
-        if context is None and not isinstance(self.engine, str):
+        # Of other weights the context is known when they are loaded; a constructor reads no files.
+        context = POCKET_CONTEXT if self.model == "pocket" else None
+        if not isinstance(self.engine, str):
             context = self.engine.context_length
         if context is not None:
             profile["max_input_tokens"] = context
@@ -212,6 +250,20 @@ class ChatEarlyExit(BaseChatModel):
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return list(self._bind().codec.encode(text))
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Length of the prompt that these messages make, tools and the chat template's own tokens included.
+
+        It is the `input_tokens` that a call with them reports.
+
+        Args:
+            messages: a conversation; an empty one has no tokens.
+            tools: what `bind_tools` takes.
+        """
+        if not messages:
+            return 0
+        described = [convert_to_openai_tool(tool) for tool in tools or ()]
+        return len(self._bind().prompt(messages, self._settings(), described).ids)
 
     def batch(
         self,
@@ -237,8 +289,39 @@ class ChatEarlyExit(BaseChatModel):
             return bound
         with self._loading:
             if self._bound is None:
-                self._bound = Binding.of(self._load() if isinstance(self.engine, str) else self.engine)
+                probe, promises = self._load_probe(), self._load_promises()  # first: a wrong path is told at once
+                engine = self._load() if isinstance(self.engine, str) else self.engine
+                try:
+                    bound = Binding.of(engine, probe)
+                    if promises is not None:
+                        promises.refuse_other_model(bound)
+                    self._promises, self._bound = promises, bound
+                except BaseException:
+                    if isinstance(self.engine, str):
+                        release(engine)
+                    raise
+                if self.profile is not None and engine.context_length is not None:
+                    self.profile = {"max_input_tokens": engine.context_length, **self.profile}
             return self._bound
+
+    def load(self) -> Binding:
+        """Load weights and probe now, not at the first call, and tell what is known of the model. Blocking."""
+        return self._bind()
+
+    def call_settings(self, **kwargs: Any) -> Settings:
+        """The settings of a call with these keywords: the constructor's, with the call's over them."""
+        return self._settings_of(None, kwargs)
+
+    def _load_probe(self) -> Probe | None:
+        if self.probe is None or isinstance(self.probe, Probe):
+            return self.probe
+        return Probe.load(self.probe, token=None if self.api_key is None else self.api_key.get_secret_value())
+
+    def _load_promises(self) -> Promises | None:
+        if self.calibration is None:
+            return None
+        token = None if self.api_key is None else self.api_key.get_secret_value()
+        return Promises(load_calibration(self.calibration, token=token))
 
     def _load(self) -> Engine:
         return acquire(
@@ -291,17 +374,27 @@ class ChatEarlyExit(BaseChatModel):
         values = {name: getattr(self, name) for name in NAMES}
         return Settings(**{**values, "stop": as_stop(self.stop)})
 
+    def _settings_of(self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Settings:
+        settings = self._settings().over(stop, kwargs, self.model, calibrated=self.calibration is not None)
+        refuse_unserved(settings, self.calibration)
+        return settings
+
     def _start(self, messages: list[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Call:
         """Load, render, and hand the engine its program."""
-        settings = self._settings().over(stop, kwargs, self.model)
+        settings = self._settings_of(stop, kwargs)
+        asks = Asks.of(kwargs)
         bound = self._bind()
         _warn_uncalibrated(settings.exit_policy)
-        request = bound.request(messages, settings)
-        stream = bound.engine.submit(program(request), timeout=self.timeout)
+        if self._promises is None:
+            request, promise = bound.request(messages, settings, asks), None
+        else:
+            request, promise = self._promises.request(bound, messages, settings, asks)
+        to_the_end = promise is not None and promise.audit is not None
+        stream = bound.engine.submit((audited if to_the_end else program)(request), timeout=self.timeout)
         name = f"earlyexit-{uuid.uuid4()}"
         with self._lock:
             self._calls[name] = stream
-        return Call(request, stream, name, self.model, bound.engine.name, settings.include_checks)
+        return Call(request, stream, name, self.model, bound.engine.name, settings.include_checks, promise)
 
     def _end(self, call: Call) -> None:
         call.stream.cancel()
@@ -340,7 +433,7 @@ class ChatEarlyExit(BaseChatModel):
         call = await self._astart(messages, stop, kwargs)
         try:
             async for event in call.stream:
-                call.take(event)
+                await call.atake(event)
                 await atell(run_manager, call.custom(event))
                 message = call.chunk(event)
                 if message is None:
@@ -380,11 +473,58 @@ class ChatEarlyExit(BaseChatModel):
         _gather(call, run_manager)
         try:
             async for event in call.stream:
-                call.take(event)
+                await call.atake(event)
                 await atell(run_manager, call.custom(event))
         finally:
             self._end(call)
         return call.result()
+
+    def _stream_chat_model_events(
+        self,
+        messages: list[BaseMessage],
+        *,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[MessagesData]:
+        """Core's hook for `stream_events(version="v3")`: the events of `Blocks`, and what `_stream` tells handlers."""
+        call = self._start(messages, stop, kwargs)
+        try:
+            blocks = Blocks(call)
+            yield blocks.start()
+            for event in call.stream:
+                call.take(event)
+                tell(run_manager, call.custom(event))
+                message = call.chunk(event)
+                if message is not None and run_manager is not None:
+                    run_manager.on_llm_new_token(message.text, chunk=ChatGenerationChunk(message=message))
+                yield from blocks.take(event, message)
+        finally:
+            self._end(call)
+
+    async def _astream_chat_model_events(
+        self,
+        messages: list[BaseMessage],
+        *,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[MessagesData]:
+        """As `_stream_chat_model_events`, for async callers."""
+        call = await self._astart(messages, stop, kwargs)
+        try:
+            blocks = Blocks(call)
+            yield blocks.start()
+            async for event in call.stream:
+                await call.atake(event)
+                await atell(run_manager, call.custom(event))
+                message = call.chunk(event)
+                if message is not None and run_manager is not None:
+                    await run_manager.on_llm_new_token(message.text, chunk=ChatGenerationChunk(message=message))
+                for told in blocks.take(event, message):
+                    yield told
+        finally:
+            self._end(call)
 
     async def _astart(self, messages: list[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Call:
         """`_start` in a thread: it may load weights, and tokenizes. A cancelled caller leaves nothing running."""
@@ -398,6 +538,14 @@ class ChatEarlyExit(BaseChatModel):
     def _forget(self, starting: asyncio.Future[Call]) -> None:
         if not starting.cancelled() and starting.exception() is None:
             self._end(starting.result())
+
+
+_own_engines: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
+
+
+def _which(engine: Engine) -> str:
+    """Name of an engine of the user's own. Two of one kind may say different things: a cache must not mix them."""
+    return f"{engine.name} {_own_engines.setdefault(engine, uuid.uuid4().hex[:8])}"
 
 
 def _gather(call: Call, manager: BaseRunManager | None) -> None:

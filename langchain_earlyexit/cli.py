@@ -1,69 +1,51 @@
-"""The `earlyexit` command."""
+"""The `earlyexit` command: one table of subcommands. Each loads what it needs when it runs: help waits for nothing."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from langchain_earlyexit._version import __version__
+from langchain_earlyexit.lab.commands import LAB, PIPELINE, Command, policy, positive
+
+_Commands = argparse._SubParsersAction  # the type has no public name
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="earlyexit",
         description="Early exit for local reasoning models.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=PIPELINE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(
-        name: str, words: str, within: argparse._SubParsersAction[argparse.ArgumentParser]
-    ) -> argparse.ArgumentParser:
-        return within.add_parser(
-            name, help=words, description=words, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-
-    demo = command("demo", "Ask the bundled model, with full thinking, DEER and CoDE-Stop side by side.", commands)
-    demo.add_argument("--questions", type=_positive, default=10, help="how many held-out questions")
-
-    ask = command("ask", "Ask one question; stream thinking and answer, then print the exit record.", commands)
-    ask.add_argument("question")
-    ask.add_argument("--model", default="pocket", help="pocket, a hub id, a directory, or one with a .gguf file")
-    ask.add_argument(
-        "--policy", default="deer", help="never, deer, codestop, convergence, eat or thinkbrake, with default settings"
-    )
-    ask.add_argument("--budget", type=int, default=None, help="cap on thinking tokens; 0 for none at all")
-    ask.add_argument("--seed", type=int, default=None, help="equal seeds give equal text")
-
-    bench = command("bench", "Speed of the control loop against transformers' generate().", commands)
-    bench.add_argument("--model", default="pocket", help="pocket, a hub id or a directory")
-    bench.add_argument("--rounds", type=_positive, default=9, help="interleaved rounds")
-
-    pocket = commands.add_parser("pocket", help="The bundled model: train it again, or measure it.")
-    parts = pocket.add_subparsers(dest="part", required=True, metavar="PART")
-    train = command("train", "Train the bundled model from nothing. Resumes where it was stopped.", parts)
-    train.add_argument("--out", type=Path, default=Path("runs/pocket"), help="checkpoints, log and final weights")
-    measure = command("eval", "Measure the bundled model on held-out questions and print its card.", parts)
-    measure.add_argument("--questions", type=_positive, default=2000, help="of the test split, and of the dev split")
-    measure.add_argument("--write", action="store_true", help="also write the card beside the weights")
+    _add(COMMANDS, parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+def _add(commands: Sequence[Command], within: _Commands[argparse.ArgumentParser]) -> None:
+    for command in commands:
+        words = command.words.replace("%", "%%")
+        parser = within.add_parser(
+            command.name, help=words, description=words, epilog=command.more, formatter_class=_Formatter
+        )
+        command.arguments(parser)
+        if command.run is not None:
+            parser.set_defaults(run=command.run)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Tells defaults, and leaves the lines of what is said below the options as they are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        _run(given)
+        given.run(given)
     except (ValueError, FileNotFoundError) as error:
         print(f"earlyexit: {error}", file=sys.stderr)
         return 2
@@ -72,36 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(given: argparse.Namespace) -> None:
-    # Each command loads only what it needs: `--help` must not wait for torch.
-    if given.command == "demo":
-        from langchain_earlyexit.pocket.demo import main as demo
+# --- demo, ask, bench ---------------------------------------------------------------------------------------------
 
-        demo(given.questions)
-    elif given.command == "ask":
-        _ask(given)
-    elif given.command == "bench":
-        from langchain_earlyexit.lab.bench import against_generate
 
-        speed = against_generate(given.model, rounds=given.rounds)
-        print(f"{given.model}, greedy, one request at a time, {given.rounds} interleaved rounds, tokens per second:")
-        for name, values in (("ChatEarlyExit, never", speed.ours), ("generate()", speed.theirs)):
-            ordered = sorted(values)
-            print(
-                f"  {name:22} min {ordered[0]:6.0f}  median {ordered[len(ordered) // 2]:6.0f}  max {ordered[-1]:6.0f}"
-            )
-        print(f"  median ratio           {speed.ratio:.2f}")
-    elif given.part == "train":
-        from langchain_earlyexit.pocket.train import main as train
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=positive, default=10, help="how many held-out questions")
 
-        train(["--out", str(given.out)])
-    else:
-        from langchain_earlyexit.pocket.card import markdown, measure, write
 
-        card = measure(given.questions)
-        print(markdown(card))
-        if given.write:
-            write(card)
+def _demo(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.pocket.demo import main as demo
+
+    demo(given.questions)
+
+
+def _ask_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question")
+    parser.add_argument("--model", default="pocket", help="pocket, a hub id, a directory, or one with a .gguf file")
+    parser.add_argument(
+        "--policy", default="deer", help="never, deer, codestop, lynx, convergence, eat or thinkbrake, as they are"
+    )
+    parser.add_argument("--probe", default=None, help="directory or hub id of the probe that lynx needs")
+    parser.add_argument("--budget", type=int, default=None, help="cap on thinking tokens; 0 for none at all")
+    parser.add_argument("--seed", type=int, default=None, help="equal seeds give equal text")
 
 
 def _ask(given: argparse.Namespace) -> None:
@@ -109,7 +83,7 @@ def _ask(given: argparse.Namespace) -> None:
     from langchain_earlyexit.record import KEY
 
     with ChatEarlyExit(
-        model=given.model, exit_policy=given.policy, thinking_budget=given.budget, seed=given.seed
+        model=given.model, probe=given.probe, exit_policy=given.policy, thinking_budget=given.budget, seed=given.seed
     ) as llm:
         record = None
         answering = False
@@ -120,6 +94,105 @@ def _ask(given: argparse.Namespace) -> None:
             print(chunk.additional_kwargs.get("reasoning_content", "") or chunk.text, end="", flush=True)
             record = chunk.response_metadata.get(KEY, record)
     print(f"\n\n{record}")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--block", type=int, choices=range(1, 6), action="append", help="one block alone; repeatable")
+    parser.add_argument("--quick", action="store_true", help="tiny loads, to see that all of it runs")
+
+
+def _bench(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.lab.bench import BLOCKS, Size
+    from langchain_earlyexit.lab.measured import table
+
+    lines = [line for block in given.block or BLOCKS for line in BLOCKS[block](Size(quick=given.quick))]
+    print(table(lines))
+
+
+def _agents_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=positive, default=500, help="held-out problems of three to six steps")
+    parser.add_argument("--model", default="pocket", help="pocket, or the directory of a model that plans as it does")
+    parser.add_argument("--probe", type=Path, default=None, help="directory of a probe, for policies that need one")
+    for kind in ("plan", "step", "answer", "quick"):
+        parser.add_argument(f"--{kind}", type=policy, default=None, help="policy, where not the benchmark's own")
+    parser.add_argument(
+        "--calibrations", type=Path, nargs=2, metavar=("PLANS", "STEPS"), help="adds the regimes with a confidence"
+    )
+    parser.add_argument("--epsilon", type=float, default=0.1, help="risk of a whole run, for those")
+    parser.add_argument("--width", type=positive, default=32, help="problems in flight")
+    parser.add_argument("--seed", type=int, default=0, help="draws the problems, and the chains of thought")
+    parser.add_argument("--out", type=Path, default=None, help="also write the table to this file")
+
+
+def _agents(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.lab.agents_bench import POLICIES
+    from langchain_earlyexit.lab.agents_bench import main as bench
+
+    told = {kind: found for kind in ("plan", "step", "answer", "quick") if (found := getattr(given, kind)) is not None}
+    bench(
+        given.questions,
+        model=given.model,
+        probe=given.probe,
+        policies=replace(POLICIES, **told),
+        calibrations=None if given.calibrations is None else tuple(given.calibrations),
+        epsilon=given.epsilon,
+        width=given.width,
+        seed=given.seed,
+        out=given.out,
+    )
+
+
+# --- the bundled model --------------------------------------------------------------------------------------------
+
+
+def _pocket_arguments(parser: argparse.ArgumentParser) -> None:
+    _add(_POCKET, parser.add_subparsers(dest="part", required=True, metavar="PART"))
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="checkpoints, log and final weights")
+
+
+def _train(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.pocket.train import main as train
+
+    train(["--out", str(given.out)])
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=positive, default=2000, help="of the test split, and of the dev split")
+    parser.add_argument("--write", action="store_true", help="also write the card beside the weights")
+
+
+def _eval(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.pocket.card import markdown, measure, write
+
+    card = measure(given.questions)
+    print(markdown(card))
+    if given.write:
+        write(card)
+
+
+_POCKET = (
+    Command("train", "Train the bundled model from nothing. Resumes where it was stopped.", _train_arguments, _train),
+    Command("eval", "Measure the bundled model on held-out questions and print its card.", _eval_arguments, _eval),
+)
+
+COMMANDS = (
+    Command(
+        "demo",
+        "Ask the bundled model, with full thinking, DEER and CoDE-Stop side by side.",
+        _demo_arguments,
+        _demo,
+    ),
+    Command("ask", "Ask one question; stream thinking and answer, then print the exit record.", _ask_arguments, _ask),
+    Command("bench", "How fast the engine is, beside what else runs the same weights.", _bench_arguments, _bench),
+    Command(
+        "bench-agents", "What budgeting step by step saves on problems of several steps.", _agents_arguments, _agents
+    ),
+    *LAB,
+    Command("pocket", "The bundled model: train it again, or measure it.", _pocket_arguments, None),
+)
 
 
 if __name__ == "__main__":

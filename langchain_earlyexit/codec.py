@@ -22,6 +22,10 @@ class Codec:
 
     def __init__(self, tokenizer: Any, extra_eos: tuple[int, ...] = ()) -> None:
         self._tokenizer = tokenizer
+        # A fast tokenizer's own core decodes the same without the wrapper's checks, which take longer than decoding.
+        # A tokenizer that is not transformers' own may do more than its core does.
+        own_class = type(tokenizer).__module__.startswith("transformers.")
+        self._core = getattr(tokenizer, "backend_tokenizer", None) if own_class else None
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self.eos: frozenset[int] = frozenset(own + extra_eos)
         # Added tokens that are special need not be among the named ones: Harmony's headers are not.
@@ -34,7 +38,11 @@ class Codec:
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens included."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str
+        if self._core is not None:
+            text = self._core.decode(ids, skip_special_tokens=False)
+            return text
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
     def single(self, text: str | None) -> int | None:

@@ -19,6 +19,7 @@ from langchain_earlyexit.cues import CueMatcher, CueSpec, Hit
 from langchain_earlyexit.engines.program import (
     TRUNK,
     Answer,
+    Called,
     Checked,
     Close,
     Closed,
@@ -34,13 +35,19 @@ from langchain_earlyexit.engines.program import (
     Step,
     Thought,
 )
+from langchain_earlyexit.guide import Bounds, Guide
 from langchain_earlyexit.policies import Policy, needs_at, wanted_kinds
+from langchain_earlyexit.probe import Probe
 from langchain_earlyexit.sampling import GREEDY, Sampling, Token
-from langchain_earlyexit.signals import MEASURED, Ask, T, Trial, end_entropy, trial_answer
-from langchain_earlyexit.strain import EndOfThinking, Strainer, TagFound, Trimmer
+from langchain_earlyexit.signals import Ask, T, Trial, end_entropy, p_safe, require, trial_answer
+from langchain_earlyexit.strain import Strainer, TagFinder, TagFound, Trimmer
+from langchain_earlyexit.toolcalls import CallPiece
 from langchain_earlyexit.trace import Check, Trace
 
 POLICY_REASONS = frozenset({"confident", "degenerate", "converged", "sufficient", "margin", "unpromising"})
+
+_AHEAD = 32
+"""Tokens that the trunk may be ahead of what has been read of it: hidden states are kept for 64."""
 
 _BLANK_TOKENS = 32
 """Tokens without visible text that an answer may begin with."""
@@ -67,6 +74,8 @@ class Request:
         look: "parallel" (the trunk thinks on while a trial runs) or "wait".
         shadow: decide, but never exit.
         reuse: a complete trial answer becomes the final answer.
+        probe: measures `p_safe`, or None.
+        bounds: what the answer must be, or None where it is free.
     """
 
     prompt: tuple[int, ...]
@@ -86,11 +95,25 @@ class Request:
     look: str = "parallel"
     shadow: bool = False
     reuse: bool = False
+    probe: Probe | None = None
+    bounds: Bounds | None = None
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Ids that induce an answer where thinking ended by itself: none, but where the answer is JSON or a call."""
+        if self.bounds is None or not self.bounds.at_once:
+            return ()
+        return self.codec.encode(self.form.inducer if self.thinking else self.form.inducer.lstrip())
 
     @property
     def closing(self) -> tuple[int, ...]:
         """Ids that end the thinking and induce an answer."""
         return self.codec.encode(self.end + self.form.inducer)
+
+    @property
+    def bare_closing(self) -> tuple[int, ...]:
+        """Ids that end the thinking and induce nothing."""
+        return self.codec.encode(self.end + "\n\n")
 
     @property
     def budget_closing(self) -> tuple[int, ...]:
@@ -103,17 +126,14 @@ class Request:
         return "" if self.tags is None else self.tags[1]
 
     def __post_init__(self) -> None:
-        unmeasured = self.policy.needs - MEASURED
-        if unmeasured:
-            raise ValueError(
-                f"{self.policy!r} needs the signals {sorted(unmeasured)}, but this version measures {sorted(MEASURED)}"
-            )
+        require(self.policy, self.probe)
         if "end_margin" in self.policy.needs and self.thinking and self.codec.single(self.end) is None:
             raise ValueError(
                 f"{self.policy!r} reads the probability of the end of thinking, but this model's end tag {self.end!r} "
                 "is not one token; use a policy with trial answers, such as DEER"
             )
-        least = (max(len(self.closing), len(self.budget_closing)) if self.thinking else 0) + 1
+        closings = (self.closing, self.budget_closing) if self.thinking else (self.opening,)
+        least = max(map(len, closings)) + 1
         if self.limit is not None and self.limit < least:
             raise ValueError(
                 f"{self.limit} tokens are left for this call, but closing the thinking and one token of answer take "
@@ -132,12 +152,23 @@ class _Ending:
     rest: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What leaving at a check would start from: its cue, the thinking tokens that are kept, its trial if it had one."""
+
+    hit: Hit
+    kept: int
+    trial: Trial | None
+
+
 def program(request: Request) -> Program:
     """The control loop as a program for an engine."""
-    return _Run(request).run()
+    return Run(request).run()
 
 
-class _Run:
+class Run:
+    """The state of one running request. `run()` is its program; whoever wraps that may read the rest between steps."""
+
     def __init__(self, request: Request) -> None:
         self.request = request
         codec = request.codec
@@ -145,19 +176,23 @@ class _Run:
         self.budget_closing = request.budget_closing
         self.kinds = wanted_kinds(request.policy, request.cues.primary, request.cues.offered)
         self.matcher = CueMatcher(request.cues, self.kinds)
-        self.finder = EndOfThinking(codec, None if request.tags is None else request.tags[1])
+        self.finder = TagFinder(codec, None if request.tags is None else request.tags[1])
         self.pieces = Pieces(codec)
         self.thoughts: list[str] = []  # text of each thinking token, in order
         self.told = 0  # how many of them have been streamed
         self.trimmer = Trimmer()
         self.margins: list[float] = []  # of the distribution each thinking token was drawn from
         self.watch = tuple(self.finder.ids) if "end_margin" in request.policy.needs else ()
+        self.probe = request.probe if "p_safe" in request.policy.needs else None
+        self.layers = () if self.probe is None else self.probe.layers
         self.ahead: deque[Token] = deque()  # trunk tokens sampled beside a trial, not yet read
         self.events: list[Event] = []
         self.ops: list[Op] = []
         self.answer_now = False
         self.checks: list[Check] = []
+        self.looked: list[Looked] = []
         self.trial_tokens: list[int] = []
+        self.read_tokens: list[int] = []
         self.would_exit: int | None = None
         self.forced = self.answered = self.trials = self.speculated = 0
         self.branches = 0
@@ -182,9 +217,9 @@ class _Run:
         return inbox.results[len(queued) :]
 
     def sample(
-        self, forbid: frozenset[int] = frozenset(), watch: tuple[int, ...] = ()
+        self, forbid: frozenset[int] = frozenset(), watch: tuple[int, ...] = (), allow: bytes | None = None
     ) -> Generator[Step, Inbox, Token]:
-        results = yield from self.step(Sample(TRUNK, self.request.sampling, forbid, watch))
+        results = yield from self.step(Sample(TRUNK, self.request.sampling, forbid, watch, allow=allow))
         token: Token = results[0]
         return token
 
@@ -192,20 +227,22 @@ class _Run:
 
     def run(self) -> Program:
         request = self.request
-        self.ops.append(Open(TRUNK, request.prompt, request.seed))
+        self.ops.append(Open(TRUNK, request.prompt, request.seed, self.layers))
         ending = (yield from self.think()) if request.thinking else _Ending("no_thinking", open=False)
         exited = ending.reason in POLICY_REASONS or ending.reason in {"budget", "answer_now"}
         thinking = len(self.thoughts)
-        self.events.append(Closed(ending.reason, exited))
+        self.events.append(Closed(exited, ending.reason, ending.score, thinking))
         if ending.reason == "length":
             self.finish = "length"
         yield from self.answer(ending)
         trace = Trace(
             tuple(self.checks),
+            reason=ending.reason,
             thinking_tokens=thinking,
             answer_tokens=self.answered,
             forced_tokens=self.forced,
             trial_tokens=tuple(self.trial_tokens),
+            read_tokens=tuple(self.read_tokens),
             seed=request.seed,
         )
         self.events.append(
@@ -285,7 +322,7 @@ class _Run:
         """End the thinking after its first `position` tokens; `read` counts the trunk tokens taken from the engine."""
         self.matcher.end()
         sampled = (len(self.thoughts) if read is None else read) + len(self.ahead)
-        position = min(position, len(self.thoughts) - self.finder.held)  # never in the middle of an end tag
+        position = self.keeps(position)
         self.speculated += len(self.thoughts) - position + len(self.ahead)
         self.ahead.clear()
         if sampled > position:
@@ -294,18 +331,25 @@ class _Run:
         self.tell(position)
         return _Ending(reason, open=True, score=score, trial=trial)
 
+    def keeps(self, position: int) -> int:
+        """Tokens kept by a cut at `position`: never one in the middle of an end tag."""
+        return min(position, len(self.thoughts) - self.finder.held)
+
     # --- looking ----------------------------------------------------------------------------------------------------
 
     def look(self, hit: Hit) -> Generator[Step, Inbox, _Ending | None]:
         request = self.request
+        self.read_tokens.append(len(self.thoughts))
         needs = needs_at(request.policy, hit.kind)
         signals: dict[str, float] = {}
         trial: Trial | None = None
         cost = 0
         if "end_margin" in needs:
             signals["end_margin"] = yield from self.end_margin(hit.position)
+        if self.probe is not None and "p_safe" in needs:
+            signals["p_safe"] = yield from self.measure(p_safe(self.probe, len(request.prompt), hit))
         if "end_entropy" in needs:
-            closing = request.codec.encode(request.end + "\n\n")
+            closing = request.bare_closing
             place = len(request.prompt) + hit.position
             signals["end_entropy"] = yield from self.measure(end_entropy(self.branch(), place, closing, self.beside))
             cost += len(closing) + 1
@@ -315,6 +359,7 @@ class _Run:
             cost += trial.tokens
         check = Check(hit.position, hit.cue, signals, hit.kind, None if trial is None else trial.answer.answer)
         self.checks.append(check)
+        self.looked.append(Looked(hit, self.keeps(hit.position), trial))
         self.trial_tokens.append(cost)
         self.trials += cost
         decision = request.policy.decide(Trace(tuple(self.checks)))
@@ -351,6 +396,7 @@ class _Run:
                 request.codec.eos | self.finder.ids,
                 self.beside,
                 None if request.limit is None else request.limit - position - len(self.closing),
+                request.bounds,
             )
         )
         return trial
@@ -377,25 +423,38 @@ class _Run:
             return None
         if self.most is not None and len(self.thoughts) + len(self.ahead) >= self.most:
             return None
+        if len(self.ahead) >= _AHEAD:
+            return None
         return Sample(TRUNK, request.sampling, watch=self.watch)
 
     # --- answering --------------------------------------------------------------------------------------------------
 
     def answer(self, ending: _Ending) -> Generator[Step, Inbox, None]:
         request = self.request
-        strainer = Strainer(request.stop, request.tags or (), request.form.inducer if ending.open else "")
+        bounds = request.bounds
+        if bounds is not None and bounds.at_once:  # JSON and calls hold no tags, and a stop string would break them
+            strainer = Strainer((), ())
+        else:
+            strainer = Strainer(request.stop, request.tags or (), request.form.inducer if ending.open else "")
+        guide = Guide(bounds, request.codec)
         self.say(strainer.forced())
         if ending.open:
             if request.reuse and ending.trial is not None and ending.trial.answer.complete:
-                text = strainer.push(ending.trial.answer.text) + strainer.finish()
-                if text.strip():
+                text, calls = guide.read(ending.trial.answer.text)
+                text = strainer.push(text) + strainer.finish()
+                if text.strip() or calls:
                     self.reuse(ending.trial, text)
+                    self.call(calls, guide)
                     return
-            closing = self.budget_closing if ending.reason in {"budget", "length"} else self.closing
-            self.ops.append(Feed(TRUNK, closing))
-            self.forced = len(closing)
-        self.say(strainer.push(ending.rest))
-        yield from self.speak(strainer)
+            opening = self.budget_closing if ending.reason in {"budget", "length"} else self.closing
+        else:
+            opening = request.opening
+        if opening:
+            self.ops.append(Feed(TRUNK, opening))
+            self.forced = len(opening)
+        if not guide.bound:
+            self.say(strainer.push(ending.rest))
+        yield from self.speak(strainer, guide)
 
     def reuse(self, trial: Trial, text: str) -> None:
         """The trial becomes the answer: its tokens are counted as what they now are."""
@@ -404,7 +463,13 @@ class _Run:
         self.forced, self.answered = trial.closing, trial.sampled
         self.say(text)
 
-    def speak(self, strainer: Strainer) -> Generator[Step, Inbox, None]:
+    def call(self, pieces: list[CallPiece], guide: Guide) -> None:
+        """Pieces of tool calls are part of the answer."""
+        self.events += [Called(piece.index, piece.name, piece.arguments) for piece in pieces]
+        if guide.reader is not None and guide.reader.whole and self.finish == "stop":
+            self.finish = "tool_calls"
+
+    def speak(self, strainer: Strainer, guide: Guide) -> Generator[Step, Inbox, None]:
         codec = self.request.codec
         start = len(self.request.prompt) + len(self.thoughts) + self.forced
         most = None if self.request.limit is None else self.request.limit - len(self.thoughts) - self.forced
@@ -412,22 +477,29 @@ class _Run:
         pieces = Pieces(codec)
         while True:
             # Until something can be read, the turn may not end: an answer is never empty.
-            forbid = tags if strainer.spoken else tags | codec.eos
-            token = yield from self.sample(forbid)
+            forbid = tags if guide.bound or strainer.spoken else tags | codec.eos
+            token = yield from self.sample(forbid, allow=guide.allowed())
             self.answered += 1
             if token.id in codec.eos:
                 break
-            piece = "" if token.id in codec.special else pieces.push(token.id)
+            piece = pieces.push(token.id)
             last = most is not None and self.answered >= most
-            if (last or self.answered >= _BLANK_TOKENS) and strainer.silent(piece):
-                pieces, piece = yield from self.insist(strainer, forbid | {token.id}, start + self.answered - 1)
-            self.say(strainer.push(piece))
-            if strainer.stopped:
+            shown = "" if token.id in codec.special else piece
+            if (last or self.answered >= _BLANK_TOKENS) and not guide.bound and strainer.silent(shown):
+                token, pieces, piece = yield from self.insist(strainer, forbid | {token.id}, start + self.answered - 1)
+            text, calls = guide.push(token.id, piece)
+            self.say(strainer.push(text))
+            if guide.reader is not None:
+                self.say(strainer.finish())
+                self.call(calls, guide)
+            if strainer.stopped or guide.over:
                 break
             if last:
                 self.finish = "length"
                 break
-        self.say(strainer.finish())
+        text, calls = guide.finish()
+        self.say(strainer.push(text) + strainer.finish())
+        self.call(calls, guide)
 
     def unspoken(self, tag: str) -> frozenset[int]:
         """What an answer may not hold: the tag's token, or the control token that a tag of several begins with."""
@@ -437,7 +509,7 @@ class _Run:
 
     def insist(
         self, strainer: Strainer, forbid: frozenset[int], length: int
-    ) -> Generator[Step, Inbox, tuple[Pieces, str]]:
+    ) -> Generator[Step, Inbox, tuple[Token, Pieces, str]]:
         """An answer is about to stay blank: draw its last token again until it can be read."""
         codec = self.request.codec
         for _ in range(_BLANK_TRIES):
@@ -447,7 +519,7 @@ class _Run:
             pieces = Pieces(codec)
             piece = "" if token.id in codec.special else pieces.push(token.id)
             if not strainer.silent(piece):
-                return pieces, piece
+                return token, pieces, piece
             forbid |= {token.id}
         raise RuntimeError(f"none of the model's {_BLANK_TRIES} likeliest tokens can be read; are its weights trained?")
 

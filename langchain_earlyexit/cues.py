@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 FALLBACKS: Final = ("paragraph", "interval")
@@ -69,11 +69,15 @@ class CueSpec:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A cue: `position` thinking tokens are kept if the thinking ends here; `cue` as the spec spells it; its kind."""
+    """A cue: `position` thinking tokens are kept if the thinking ends here; `cue` as the spec spells it; its kind.
+
+    `end` counts the thinking tokens through the cue's last one, for what is read there; it takes no part in equality.
+    """
 
     position: int
     cue: str
     kind: str
+    end: int = field(default=0, compare=False)
 
 
 class CueMatcher:
@@ -137,7 +141,7 @@ class CueMatcher:
         if token_id in self._token_ids:
             if self._words:
                 self._words.interrupt(self._pushed - 1, self._found)
-            self._found.append(Hit(self._pushed - 1, piece, "reflection"))
+            self._found.append(Hit(self._pushed - 1, piece, "reflection", self._pushed))
         elif self._words:
             self._words.push(piece, self._pushed - 1, self._found)
         if "paragraph" in self._kinds:
@@ -145,7 +149,7 @@ class CueMatcher:
         if "sentence" in self._kinds:
             self._push_sentence(piece)
         if self._interval and self._pushed % self._interval == 0:
-            self._found.append(Hit(self._pushed, f"{self._interval} tokens", "interval"))
+            self._found.append(Hit(self._pushed, f"{self._interval} tokens", "interval", self._pushed))
         return self._next() if self._found else None
 
     def end(self) -> None:
@@ -177,7 +181,7 @@ class CueMatcher:
         if "\n" in piece:
             text = "\n" * self._newlines + piece
             if any(m.end() > self._newlines for m in _PARAGRAPH.finditer(text)):
-                self._found.append(Hit(self._pushed, "\n\n", "paragraph"))
+                self._found.append(Hit(self._pushed, "\n\n", "paragraph", self._pushed))
             self._newlines = min(2, len(text) - len(text.rstrip("\n")))
         elif piece:
             self._newlines = 0
@@ -188,7 +192,8 @@ class CueMatcher:
         text = self._closing + piece
         for m in _SENTENCE.finditer(text):
             earlier = m.end() <= len(self._closing)  # the punctuation came before; this piece brings the whitespace
-            self._found.append(Hit(self._sentence_end if earlier else self._pushed, m.group()[0], "sentence"))
+            end = self._sentence_end if earlier else self._pushed
+            self._found.append(Hit(end, m.group()[0], "sentence", end))
         still_open = _SENTENCE_OPEN.search(text)
         # one character stands for the whole of it: quotes may follow for as long as they like
         self._closing = still_open.group()[0] if still_open else ""
@@ -212,6 +217,7 @@ class _WordScanner:
         self._letters_span_tokens = any(not word[0].isascii() for word in words)
         self._text = ""  # the character before the search, and what may be a cue
         self._tokens: list[int] = []  # per character: tokens before the one it begins in
+        self._ends: list[int] = []  # per character: tokens through the one that completes it
         self._from = 0  # where in _text to search
         self._silent: int | None = None  # tokens before the run of tokens without text, if we are in one
         self.start: int | None = None  # tokens before the possible cue that is held, if one is
@@ -225,6 +231,7 @@ class _WordScanner:
             return
         self._text += piece
         self._tokens += [before] * len(piece)
+        self._ends += [before + 1] * len(piece)
         if self._silent is not None:
             if not piece[0].isascii():
                 self._tokens[-len(piece)] = self._silent
@@ -241,14 +248,15 @@ class _WordScanner:
             if match.lastindex is None:  # begun, and the text ends
                 begun = match.start()
                 break
-            found.append(Hit(self._tokens[match.start()], self._spelled[match.lastindex - 1], "reflection"))
-            at = match.end()
+            start, at = self._tokens[match.start()], match.end()
+            found.append(Hit(start, self._spelled[match.lastindex - 1], "reflection", self._ends[at - 1]))
         self.start = None if begun is None else self._tokens[begun]
         # Keep one character before: it decides on a word boundary. What was taken by a cue stays taken.
         keep = max(0, (len(self._text) if begun is None else begun) - 1)
         self._from = 0 if keep == 0 and begun == 0 else 1
         self._text = self._text[keep:]
         del self._tokens[:keep]
+        del self._ends[:keep]
 
 
 def _whole_or_begun(word: str) -> str:

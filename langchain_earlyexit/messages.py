@@ -30,6 +30,7 @@ from langchain_core.messages import (
 )
 
 from langchain_earlyexit.families import Family, ThinkTags, thinking_state
+from langchain_earlyexit.toolturns import ToolTurns
 
 Message = dict[str, Any]
 
@@ -89,10 +90,11 @@ def _reasoning_of(block: Mapping[str, Any]) -> str:
     for key in ("reasoning", "thinking", "text", "reasoning_content"):
         value = block.get(key)
         if isinstance(value, Mapping):  # Bedrock: {"reasoning_content": {"text": …}}
-            value = value.get("text")
+            return _reasoning_of(value)
         if isinstance(value, str):
             return value
-    return "".join(str(part.get("text", "")) for part in block.get("summary", []))  # OpenAI's summaries
+    # OpenAI's items: a summary or, from open weights, the reasoning itself.
+    return "".join(str(part.get("text", "")) for part in block.get("summary") or block.get("content") or ())
 
 
 def _parts(content: str | Iterable[Any], speaker: str) -> _Parts:
@@ -134,7 +136,8 @@ def _assistant(message: AIMessage, *, include_reasoning: bool) -> Message:
     # Blocks repeat what `tool_calls` says; a history made by hand may hold calls in its blocks alone.
     calls += [call for call in parts.calls if not known or call.get("id", None) not in {None, *known}]
     result: Message = {"role": "assistant", "content": parts.text}
-    reasoning = message.additional_kwargs.get("reasoning_content") or parts.reasoning
+    beside = {key: message.additional_kwargs.get(key) for key in ("reasoning_content", "reasoning")}
+    reasoning = _reasoning_of(beside) or parts.reasoning
     if include_reasoning and reasoning:
         result["reasoning_content"] = str(reasoning)
     if calls:
@@ -512,6 +515,8 @@ def render(
     thinking: bool,
     include_reasoning: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    turns: ToolTurns | None = None,
+    schema: Mapping[str, Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """Render a conversation to the ids of a prompt in which thinking is open, or closed, as wanted.
@@ -519,10 +524,14 @@ def render(
     The template's own switch is used where it has one. Where it leaves thinking to the model, the start tag
     is appended; where it cannot be told not to think, an empty block is (NoThinking, arXiv 2504.09858). A
     prompt stays closed although thinking was wanted if the conversation itself declines it (`/no_think`).
+    `turns` says what the template cannot show of tools, so that it is shown all the same; a `schema` of the answer is
+    told in the system turn.
     """
+    dicts = to_template(messages, include_reasoning=include_reasoning)
+    if turns is not None:
+        dicts, tools = turns.shape(dicts, tools or (), schema)
     listed = [dict(tool) for tool in tools] if tools else None
     template = _template_of(tokenizer, listed)
-    dicts = to_template(messages, include_reasoning=include_reasoning)
     switch: dict[str, Any] = {}
     if tags is not None:
         choice = family.template_switch

@@ -20,6 +20,9 @@ from langchain_earlyexit.trace import KINDS, Check, Decision, Trace
 DECISION_POINTS: Final = frozenset({"reflection", "paragraph", "interval"})
 """The kinds a cue spec may take for its main decision points, thus the default `looks`."""
 
+_PROMISE: Final = ("trial_confidence", "p_safe")
+"""Signals that say how likely leaving here is to give the full answer: low ones, a chain without promise."""
+
 _GO_ON: Final = Decision(exit=False, reason="natural")
 
 
@@ -104,7 +107,8 @@ class _Looking:
         object.__setattr__(self, "looks", looks)
 
     def __repr__(self) -> str:
-        parts = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "looks"]
+        given = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "looks"]
+        parts = [f"{name}={_shown(value)}" for name, value in given if value is not None]
         if self.looks != next(f.default for f in fields(self) if f.name == "looks"):
             parts.append(f"looks={{{', '.join(map(repr, sorted(self.looks)))}}}")  # sorted: a stable record
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -317,6 +321,114 @@ class ThinkBrake(_Looking):
         return Decision(exit=False, reason="natural", score=found)
 
 
+@dataclass(frozen=True, repr=False)
+class LYNX(_Looking):
+    """Leave when a probe on the hidden state at the cue says that it is safe (arXiv 2512.05325).
+
+    Give either a threshold, `p_safe > threshold`, or the two quantiles of the paper's split conformal calibration:
+    with p the `p_safe` of this check, its prediction set holds "safe" where `1 - p <= q_safe` and "unsafe" where
+    `p <= q_unsafe`, and it leaves when the set is {safe}. The paper's bound is per cue, not per question: over many
+    cues of one chain it does not hold for the chain. As the tolerated error grows, one quantile moves against the
+    other, so these two are not a knob from careful to bold; the threshold is.
+
+    Args:
+        threshold: in [0, 1]; 0.95 when nothing is given, which is not calibrated for any model.
+        q_safe: quantile of `1 - p` over safe cues, at least 0; infinite when there were too few of them.
+        q_unsafe: quantile of `p` over unsafe cues, at least 0; infinite (it then never leaves) when too few.
+        looks: kinds of checks to look at.
+
+    Raises:
+        ValueError: a threshold beside quantiles, one quantile without the other, or a value out of range.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"p_safe"})
+    threshold: float | None = None
+    q_safe: float | None = None
+    q_unsafe: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        quantiles = {"q_safe": self.q_safe, "q_unsafe": self.q_unsafe}
+        missing = [name for name, value in quantiles.items() if value is None]
+        if len(missing) == 1:
+            raise ValueError(f"the prediction set needs both quantiles, {missing[0]} is missing")
+        if not missing and self.threshold is not None:
+            raise ValueError(f"give threshold={self.threshold} or the two quantiles, not both")
+        if missing and self.threshold is None:
+            object.__setattr__(self, "threshold", 0.95)
+        if self.threshold is not None:
+            _within_unit("threshold", self.threshold)
+        for name, value in quantiles.items():
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+
+    def decide(self, trace: Trace) -> Decision:
+        """Exit as `sufficient`; the score is `p_safe`."""
+        p = _finite(trace.checks[-1], "p_safe") if self._looks_now(trace) else None
+        if p is None:
+            return _GO_ON
+        if self._is_safe(p):
+            return Decision(exit=True, reason="sufficient", score=p)
+        return Decision(exit=False, reason="natural", score=p)
+
+    def _is_safe(self, p: float) -> bool:
+        if self.q_safe is None or self.q_unsafe is None:
+            return self.threshold is not None and p > self.threshold
+        return 1 - p <= self.q_safe and p > self.q_unsafe
+
+
+@dataclass(frozen=True, repr=False)
+class GiveUp(_Looking):
+    """Leave a chain that shows no promise: the signal stayed below `threshold` at the last `patience` checks.
+
+    The idea of a lower threshold is Conformal Thinking's (arXiv 2602.03814), whose threshold moves with the tokens
+    used; here it is fixed and must be kept. The answer of such an exit is worth little: it is for a caller who then
+    asks a larger model or another way, so it goes well with `FirstOf(CoDEStop(), GiveUp())`.
+
+    Args:
+        threshold: in [0, 1].
+        patience: how many checks in a row must be below it, at least 1.
+        min_checks: checks before it may leave, at least 1.
+        signal: "trial_confidence" or "p_safe".
+        looks: kinds of checks to look at.
+    """
+
+    threshold: float = 0.3
+    patience: int = 3
+    min_checks: int = 5
+    signal: str = "trial_confidence"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within_unit("threshold", self.threshold)
+        _whole("patience", self.patience, least=1)
+        _whole("min_checks", self.min_checks, least=1)
+        if self.signal not in _PROMISE:
+            raise ValueError(f"signal must be one of {', '.join(_PROMISE)}; got {self.signal!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The one signal it reads."""
+        return frozenset({self.signal})
+
+    def decide(self, trace: Trace) -> Decision:
+        """Exit as `unpromising`; the score is the highest value of the last `patience` checks.
+
+        Checks at which the signal is missing or not finite are passed over, and count for nothing.
+        """
+        if not self._looks_now(trace) or _finite(trace.checks[-1], self.signal) is None:
+            return _GO_ON
+        values = [
+            value
+            for check in trace.checks
+            if check.kind in self.looks and (value := _finite(check, self.signal)) is not None
+        ]
+        best = max(values[-self.patience :])
+        if len(values) >= max(self.min_checks, self.patience) and best < self.threshold:
+            return Decision(exit=True, reason="unpromising", score=best)
+        return Decision(exit=False, reason="natural", score=best)
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class FirstOf:
     """Leave as soon as one of `policies` does; the earlier named decides first.
@@ -364,9 +476,11 @@ _BY_NAME: Final[Mapping[str, Callable[[], Policy]]] = {
     "never": Never,
     "deer": DEER,
     "codestop": CoDEStop,
+    "lynx": LYNX,
     "convergence": AnswerConvergence,
     "eat": EAT,
     "thinkbrake": ThinkBrake,
+    "giveup": GiveUp,
 }
 
 
@@ -374,6 +488,11 @@ def _leaves(policy: Policy) -> list[Policy]:
     if isinstance(policy, FirstOf):
         return [leaf for member in policy.policies for leaf in _leaves(member)]
     return [policy]
+
+
+def _shown(value: object) -> str:
+    """`repr`, but such that it can be read back also where it is infinite."""
+    return f"float('{value}')" if isinstance(value, float) and math.isinf(value) else repr(value)
 
 
 def _finite(check: Check, signal: str) -> float | None:

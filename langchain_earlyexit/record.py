@@ -13,6 +13,14 @@ from langchain_earlyexit.trace import Trace
 KEY = "early_exit"
 """Where the record stands, in `response_metadata` and in `additional_kwargs`."""
 
+COUNTS = ("thinking_tokens", "forced_tokens", "answer_tokens", "trial_tokens", "speculated_tokens")
+"""What a call computed beyond its prompt, by kind. No token is counted twice: the sum is the call's output."""
+
+
+def sum_of_counts(counts: object) -> int:
+    """The sum of the five counts of a record, or of totals over records."""
+    return sum(int(getattr(counts, name)) for name in COUNTS)
+
 
 @dataclass(frozen=True)
 class ExitRecord:
@@ -57,7 +65,16 @@ class ExitRecord:
 
     @classmethod
     def of(
-        cls, done: Done, *, policy: str, budget: int | None, engine: str, include_checks: bool, shadow: bool
+        cls,
+        done: Done,
+        *,
+        policy: str,
+        budget: int | None,
+        engine: str,
+        include_checks: bool,
+        shadow: bool,
+        confidence: float | None = None,
+        guarantee: dict[str, Any] | None = None,
     ) -> ExitRecord:
         """The record of a finished program."""
         return cls(
@@ -65,8 +82,8 @@ class ExitRecord:
             reason=done.reason,
             policy=policy,
             score=done.score,
-            confidence=None,
-            guarantee=None,
+            confidence=confidence,
+            guarantee=guarantee,
             checks=len(done.trace.checks),
             thinking_tokens=done.thinking_tokens,
             forced_tokens=done.forced_tokens,
@@ -83,9 +100,7 @@ class ExitRecord:
     @property
     def output_tokens(self) -> int:
         """Everything the model computed for this call beyond the prompt: the sum of the five counts."""
-        return (
-            self.thinking_tokens + self.forced_tokens + self.answer_tokens + self.trial_tokens + self.speculated_tokens
-        )
+        return sum_of_counts(self)
 
     def usage(self, prompt_tokens: int) -> UsageMetadata:
         """LangChain's usage: `reasoning` is all output that is not answer, so every cost is net of the looking."""
@@ -109,11 +124,7 @@ class ExitRecord:
                 "confidence",
                 "guarantee",
                 "checks",
-                "thinking_tokens",
-                "forced_tokens",
-                "answer_tokens",
-                "trial_tokens",
-                "speculated_tokens",
+                *COUNTS,
                 "budget",
                 "engine",
             )

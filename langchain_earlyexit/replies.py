@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import asyncio
+import uuid
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatResult
 
 from langchain_earlyexit.controller import Request
-from langchain_earlyexit.engines.program import Answer, Checked, Done, Event, Stream, Thought
+from langchain_earlyexit.engines.program import Answer, Called, Checked, Done, Event, Stream, Thought
+from langchain_earlyexit.promises import AUDIT_KEY, Promise, Verdict
 from langchain_earlyexit.record import KEY, ExitRecord
 
 
@@ -26,6 +30,7 @@ class Call:
         model: the name that metadata carry.
         engine: the engine's name.
         include_checks: whether the record holds the trace.
+        promise: what holds for it, where it was asked with a confidence.
         record: how it ended, once it has.
     """
 
@@ -35,17 +40,37 @@ class Call:
     model: str
     engine: str
     include_checks: bool
+    promise: Promise | None = None
     record: ExitRecord | None = None
     _thinking: list[str] = field(default_factory=list)
     _answer: list[str] = field(default_factory=list)
+    _calls: list[ToolCallChunk] = field(default_factory=list)
     _last: dict[str, Any] | None = None
+    _changed: bool | None = None
 
     def take(self, event: Event) -> None:
-        """Add an event to the whole."""
+        """Add an event to the whole. Where an audit ends, it is counted: that may block."""
+        self._add(event)
+        if isinstance(event, Done):
+            self._observe()
+
+    async def atake(self, event: Event) -> None:
+        """As `take`, for event loops."""
+        self._add(event)
+        if isinstance(event, Done) and self._changed is not None:
+            await asyncio.to_thread(self._observe)
+
+    def _observe(self) -> None:
+        if self._changed is not None and self.promise is not None and self.promise.audit is not None:
+            self.promise.audit.observe(self._changed)
+
+    def _add(self, event: Event) -> None:
         if isinstance(event, Thought):
             self._thinking.append(event.text)
         elif isinstance(event, Answer):
             self._answer.append(event.text)
+        elif isinstance(event, Called):
+            self._call(event)
         elif isinstance(event, Done):
             self._last = self._close(event)
 
@@ -55,6 +80,16 @@ class Call:
             return AIMessageChunk(content="", additional_kwargs={"reasoning_content": event.text}, id=self.id)
         if isinstance(event, Answer):
             return AIMessageChunk(content=event.text, id=self.id)
+        if isinstance(event, Called):
+            whole = self._calls[event.index]
+            told = tool_call_chunk(
+                name=event.name,
+                args=event.arguments,
+                id=None if event.name is None else whole["id"],
+                # Its place among the blocks of the answer: v1 content merges what has the same.
+                index=event.index + bool(self._thinking) + bool(self._answer),
+            )
+            return AIMessageChunk(content="", tool_call_chunks=[told], id=self.id)
         if isinstance(event, Done) and self._last is not None:
             return AIMessageChunk(content="", id=self.id, chunk_position="last", **self._last)
         return None
@@ -70,8 +105,24 @@ class Call:
         last = dict(self._last)
         if self._thinking:
             last["additional_kwargs"] = {"reasoning_content": "".join(self._thinking), **last["additional_kwargs"]}
-        message = AIMessage(content="".join(self._answer), id=self.id, **last)
+        # Read as the sum of a stream's chunks is, so that both tell the same calls from broken ones.
+        calls = AIMessageChunk(content="", tool_call_chunks=self._calls)
+        message = AIMessage(
+            content="".join(self._answer),
+            id=self.id,
+            tool_calls=calls.tool_calls,
+            invalid_tool_calls=calls.invalid_tool_calls,
+            **last,
+        )
         return ChatResult(generations=[ChatGeneration(message=message)], llm_output={"model_name": self.model})
+
+    def _call(self, event: Called) -> None:
+        """Add a piece to its call; the first makes its id."""
+        if event.index == len(self._calls):
+            self._calls.append(tool_call_chunk(name="", args="", id=f"call_{uuid.uuid4().hex}", index=event.index))
+        whole = self._calls[event.index]
+        whole["name"] = (whole["name"] or "") + (event.name or "")
+        whole["args"] = (whole["args"] or "") + event.arguments
 
     def _close(self, done: Done) -> dict[str, Any]:
         """What is said once, at the end. Repeated over chunks, floats and booleans would not merge."""
@@ -82,7 +133,14 @@ class Call:
             engine=self.engine,
             include_checks=self.include_checks,
             shadow=self.request.shadow,
+            confidence=None if self.promise is None else self.promise.confidence,
+            guarantee=None if self.promise is None else self.promise.kept(done.reason),
         )
+        audit: dict[str, Any] = {}
+        if self.promise is not None and self.promise.audit is not None:
+            verdict = Verdict.of(done, self.request.form)
+            self._changed = verdict.changed
+            audit[AUDIT_KEY] = asdict(verdict)
         return {
             "usage_metadata": self.record.usage(done.prompt_tokens),
             "response_metadata": {
@@ -91,6 +149,7 @@ class Call:
                 "finish_reason": done.finish_reason,
                 "seed": done.seed,
                 KEY: self.record.to_dict(),
+                **audit,
             },
             "additional_kwargs": {KEY: self.record.to_dict()},
         }

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from langchain_earlyexit import asks
 from langchain_earlyexit.answers import FORMS, AnswerForm
-from langchain_earlyexit.policies import Policy, policy_from_name
+from langchain_earlyexit.policies import Never, Policy, policy_from_name
 from langchain_earlyexit.sampling import Sampling
 
 EFFORT_BUDGETS: Mapping[str, int] = {
@@ -21,11 +22,19 @@ EFFORT_BUDGETS: Mapping[str, int] = {
 }
 """`reasoning_effort` as a cap on thinking tokens (-1: no cap)."""
 
+EFFORT_CONFIDENCES: Mapping[str, float] = {
+    "minimal": 0.8,
+    "low": 0.9,
+    "medium": 0.95,
+    "high": 0.98,
+    "xhigh": 0.99,
+}
+"""`reasoning_effort` as a confidence too, where there is a calibration. The other two never leave early."""
+
 BUDGET_NAMES = ("thinking_budget", "thinking_token_budget", "reasoning_budget")
 
 _LOOKS = ("parallel", "wait")
 _FROM_CORE = frozenset({"stream", "ls_structured_output_format", "structured_output_format"})
-_NOT_YET = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format", "strict"})
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -49,6 +58,7 @@ class Settings:
     min_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    audit_rate: float = 0.0
     shadow: bool = False
     include_checks: bool = False
     include_history_reasoning: bool = False
@@ -71,25 +81,22 @@ class Settings:
             chosen["top_k"] = int(chosen["top_k"])
         return Sampling(**chosen)
 
-    def over(self, stop: Sequence[str] | None, keywords: Mapping[str, Any], model: str) -> Settings:
+    def over(
+        self, stop: Sequence[str] | None, keywords: Mapping[str, Any], model: str, *, calibrated: bool = False
+    ) -> Settings:
         """These settings with a call's over them.
 
         Args:
             stop: the call's own stop strings.
             keywords: the call's keywords, core's own among them.
             model: the model's name, which a call may repeat but not change.
+            calibrated: whether an effort is a confidence too.
 
         Raises:
             TypeError: an unknown keyword.
             ValueError: a value, or two together, that cannot be meant.
-            NotImplementedError: tools or structured output.
         """
-        given = {name: value for name, value in keywords.items() if name not in _FROM_CORE}
-        asked = sorted(name for name in set(given) & _NOT_YET if given[name])
-        if asked:
-            raise NotImplementedError(f"{', '.join(asked)}: tools and structured output are not part of this version")
-        for name in _NOT_YET:
-            given.pop(name, None)
+        given = {name: value for name, value in keywords.items() if name not in _FROM_CORE and name not in asks.NAMES}
         only_one(given, BUDGET_NAMES)
         for name in BUDGET_NAMES[1:]:
             if name in given:
@@ -98,13 +105,19 @@ class Settings:
             raise ValueError(f"model={keywords['model']!r} cannot be swapped in per call; this one is {model!r}")
         unknown = sorted(set(given) - set(NAMES))
         if unknown:
-            raise TypeError(f"unknown keyword(s) for ChatEarlyExit: {', '.join(unknown)}; known are {', '.join(NAMES)}")
+            known = ", ".join((*NAMES, *asks.NAMES))
+            raise TypeError(f"unknown keyword(s) for ChatEarlyExit: {', '.join(unknown)}; known are {known}")
         if stop is not None:
             given["stop"] = stop
         if "stop" in given:
             given["stop"] = as_stop(given["stop"])
         if "exit_policy" in given:
             given["exit_policy"] = as_policy(given["exit_policy"])
+        # A policy and a confidence: as with a budget and a name for one, below.
+        if "exit_policy" in given and given.get("confidence") is None:
+            given |= {"exit_policy": given["exit_policy"] or Never(), "confidence": None}
+        elif given.get("confidence") is not None or (calibrated and given.get("reasoning_effort") is not None):
+            given = {"exit_policy": None, "confidence": None} | given
         # A budget and a name for one: the nearer to the call counts. Both in the same call are refused as a pair.
         if "thinking_budget" in given and "reasoning_effort" not in given:
             given["reasoning_effort"] = None
@@ -142,11 +155,14 @@ def as_policy(value: Any) -> Policy | None:
 
 
 def _check(s: Settings) -> None:
-    if s.confidence is not None:
+    if s.confidence is not None and not 0 < s.confidence < 1:
+        raise ValueError(f"confidence is 1 - epsilon, in (0, 1); got {s.confidence}")
+    if s.confidence is not None and s.exit_policy is not None:
         raise ValueError(
-            f"confidence={s.confidence} needs a calibration of this model and policy, and none is loaded. Set "
-            "exit_policy with a threshold of its own, for example DEER(threshold=0.95), which promises nothing"
+            f"exit_policy={s.exit_policy!r} and confidence={s.confidence} both tell when to leave; give one"
         )
+    if not 0 <= s.audit_rate <= 1:
+        raise ValueError(f"audit_rate is a share of calls, in [0, 1]; got {s.audit_rate}")
     if s.thinking_budget is not None and s.thinking_budget < -1:
         raise ValueError(f"thinking_budget must be -1 (no cap), 0 (no thinking) or a cap, not {s.thinking_budget}")
     if s.reasoning_effort is not None:

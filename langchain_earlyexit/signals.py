@@ -4,8 +4,9 @@
 - `end_entropy`: entropy, in nats, of the first token after a forced end of thinking, on a fork (EAT, arXiv 2509.26522).
 - `end_margin`: by how much, in nats, the likeliest next token beats the end of thinking (ThinkBrake, arXiv 2510.00546),
   read from the logits the trunk is sampled from.
+- `p_safe`: a probe on the hidden states that the trunk's own pass has computed (LYNX, arXiv 2512.05325).
 
-A policy that needs another signal is refused when a request is built.
+A policy that needs another signal, or a probe that nobody gave, is refused when a request is built.
 """
 
 from __future__ import annotations
@@ -14,17 +15,59 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from langchain_earlyexit.answers import AnswerForm, TrialAnswer
 from langchain_earlyexit.codec import Codec, Pieces
-from langchain_earlyexit.engines.program import TRUNK, Close, Feed, Fork, Op, Sample
+from langchain_earlyexit.cues import Hit
+from langchain_earlyexit.engines.program import TRUNK, Close, Feed, Fork, Hidden, Op, Sample
+from langchain_earlyexit.guide import Bounds, Guide
+from langchain_earlyexit.policies import Policy
+from langchain_earlyexit.probe import Probe
 from langchain_earlyexit.sampling import Token
 
 MEASURED = frozenset({"trial_confidence", "end_margin", "end_entropy"})
+"""What is measured on any model; `p_safe` is where there is a probe."""
 
 Results = tuple[object, ...]
 T = TypeVar("T")
 Ask = Generator[tuple[Op, ...], Results, T]
 """A measurement: yields sets of ops, receives their results, returns what it found."""
+
+
+def require(policy: Policy, probe: Probe | None) -> None:
+    """Refuse a policy that needs a signal which cannot be measured.
+
+    Raises:
+        ValueError: naming the policy and what is missing.
+    """
+    missing = policy.needs - MEASURED
+    if missing == {"p_safe"}:
+        if probe is None:
+            raise ValueError(
+                f"{policy!r} needs p_safe, which a probe measures, and no probe is given: pass probe=, a directory or "
+                "hub id (`earlyexit collect` and `earlyexit train` make one), or take a policy that needs none, such "
+                "as DEER"
+            )
+    elif missing:
+        raise ValueError(
+            f"{policy!r} needs the signals {sorted(missing)}, but this version measures {sorted(MEASURED | {'p_safe'})}"
+        )
+
+
+def p_safe(probe: Probe, start: int, hit: Hit) -> Ask[float]:
+    """What `probe` makes of the hidden states at a cue. They are there already, or come a step early; nothing is added.
+
+    Args:
+        probe: of the layers that the trunk was opened with, and no others.
+        start: tokens of the prompt.
+        hit: the cue.
+    """
+    end = hit.end if probe.position == "cue" else hit.position
+    results = yield (Hidden(TRUNK, start + end - 1),)
+    states: NDArray[np.float32] = results[0]  # type: ignore[assignment]
+    return probe.p_safe(states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +92,7 @@ def trial_answer(
     ends: frozenset[int],
     beside: Callable[[], Sample | None],
     most: int | None = None,
+    bounds: Bounds | None = None,
 ) -> Ask[Trial]:
     """Close the thinking on a fork of the trunk's first `length` tokens and decode the answer greedily.
 
@@ -62,22 +106,27 @@ def trial_answer(
         beside: the trunk's own next sample, to share the pass with, or None for the trunk to wait. Its token is the
             business of whoever drives this generator.
         most: tokens that the branch has room to sample, at least 1; None for no limit.
+        bounds: what the answer must be; the trial keeps to it as the answer will.
     """
+    guide = Guide(bounds, codec)
     pieces, texts, logprobs = Pieces(codec), list[str](), list[float]()
     before: tuple[Op, ...] = (Fork(TRUNK, branch, length), Feed(branch, closing))
     answer: TrialAnswer | None = None
     while answer is None:
         other = beside()
-        results = yield (*before, Sample(branch), *(() if other is None else (other,)))
+        forbid = ends - codec.eos if guide.bound else frozenset[int]()  # in JSON, an end of thinking is not one
+        sample = Sample(branch, forbid=forbid, allow=guide.allowed())
+        results = yield (*before, sample, *(() if other is None else (other,)))
         token = results[len(before)]
         assert isinstance(token, Token)  # noqa: S101 - the engine's contract
         before = ()
         ended = token.id in ends
         if not ended:
             piece = pieces.push(token.id)
-            texts.append("" if token.id in codec.special else piece)
+            guide.push(token.id, piece)
+            texts.append("" if token.id in codec.special and guide.reader is None else piece)
             logprobs.append(token.logprob)
-        answer = form.trial(texts, logprobs, ended or len(texts) == most)
+        answer = form.trial(texts, logprobs, ended or guide.over or len(texts) == most)
     yield (Close(branch),)
     return Trial(answer, len(closing), len(texts) + ended)
 

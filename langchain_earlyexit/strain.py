@@ -40,18 +40,18 @@ class Trimmer:
 
 @dataclass(frozen=True, slots=True)
 class TagFound:
-    """The end tag came with the last `tokens` tokens; `lead` and `rest` are what their text holds around it."""
+    """The tag came with the last `tokens` tokens; `lead` and `rest` are what their text holds around it."""
 
     tokens: int
     lead: str
     rest: str
 
 
-class EndOfThinking:
-    """Finds the end tag as thinking streams: by its id where it is one token, else by its text.
+class TagFinder:
+    """Finds a tag as text streams: by its id where it is one token, else by its text.
 
     Attributes:
-        ids: the ids that end thinking by themselves; a thought that spells the tag in plain letters is no end of it.
+        ids: the ids that are the tag by themselves; a text that spells the tag in plain letters does not hold it.
         held: how many of the last tokens may be the beginning of the tag.
     """
 

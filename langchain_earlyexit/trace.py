@@ -162,10 +162,13 @@ class Trace:
         forced_tokens: closing and inducing tokens that were fed.
         trial_tokens: per check, all tokens of its trial branches, inducers included; empty if not counted.
         exit_tokens: per check, forced + answer tokens had the run left there; empty if not collected.
+        read_tokens: per check, thinking tokens read when it was met: an exit throws away those past its position.
         seed: of the run's sampling.
+        reason: why the run's thinking ended, one of `REASONS`.
 
     Raises:
-        ValueError: positions that go down, or per-check counts whose number is not that of the checks.
+        ValueError: positions that go down, an unknown reason, or per-check counts whose number is not that of the
+            checks.
     """
 
     checks: tuple[Check, ...] = ()
@@ -178,15 +181,19 @@ class Trace:
     forced_tokens: int | None = None
     trial_tokens: tuple[int, ...] = ()
     exit_tokens: tuple[int, ...] = ()
+    read_tokens: tuple[int, ...] = ()
     seed: int | None = None
+    reason: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("checks", "trial_tokens", "exit_tokens"):
+        for name in ("checks", *_PER_CHECK):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for earlier, later in pairwise(self.checks):
             if later.position < earlier.position:
                 raise ValueError(f"positions must not go down: {earlier.position}, then {later.position}")
-        for name in ("trial_tokens", "exit_tokens"):
+        if self.reason is not None and self.reason not in REASONS:
+            raise ValueError(f"reason must be one of {', '.join(REASONS)}; got {self.reason!r}")
+        for name in _PER_CHECK:
             if (n := len(getattr(self, name))) not in (0, len(self.checks)):
                 raise ValueError(f"{name} counts {n} checks, the trace has {len(self.checks)}")
 
@@ -195,8 +202,7 @@ class Trace:
         return {
             **_as_dict(self),
             "checks": [check.to_dict() for check in self.checks],
-            "trial_tokens": list(self.trial_tokens),
-            "exit_tokens": list(self.exit_tokens),
+            **{name: list(getattr(self, name)) for name in _PER_CHECK},
         }
 
     @classmethod
@@ -217,6 +223,8 @@ class Trace:
             raise ValueError(f"a trace is one JSON object, got {type(data).__name__}")
         return cls.from_dict(data)
 
+
+_PER_CHECK: Final = ("trial_tokens", "exit_tokens", "read_tokens")
 
 _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 

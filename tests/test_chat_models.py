@@ -306,9 +306,9 @@ class TestBadInput:
         with pytest.raises(TypeError, match=r"unknown keyword.*reasoning_bugdet; known are exit_policy"):
             llm.invoke(QUESTION, reasoning_bugdet=5)
 
-    def test_tools_are_refused_rather_than_ignored(self, llm):
-        with pytest.raises(NotImplementedError, match="tools"):
-            llm.invoke(QUESTION, tools=[{"type": "function", "function": {"name": "f"}}])
+    def test_a_tool_that_cannot_run_here_is_refused_rather_than_ignored(self, llm):
+        with pytest.raises(ValueError, match="server-side"):
+            llm.invoke(QUESTION, tools=[{"type": "web_search_preview"}])
 
     def test_no_messages_is_an_error(self, llm):
         with pytest.raises(ValueError, match="message"):
@@ -352,7 +352,7 @@ class TestBadInput:
             def decide(self, trace):
                 raise AssertionError
 
-        with pytest.raises(ValueError, match=r"p_safe.*trial_confidence"):
+        with pytest.raises(ValueError, match=r"Guess.*p_safe.*probe"):
             llm.invoke(QUESTION, exit_policy=Guess())
 
 

@@ -11,7 +11,10 @@ from langchain_earlyexit.cli import main
     [
         (["--help"], ["demo", "ask", "bench", "pocket"]),
         (["ask", "--help"], ["--policy", "--budget", "default: deer"]),
+        (["bench-agents", "--help"], ["--questions", "default: 500", "--calibrations PLANS STEPS", "--step"]),
         (["pocket", "eval", "--help"], ["--questions", "default: 2000"]),
+        (["collect", "--help"], ["--kinds", "--depths", "earlyexit collect --split train"]),
+        (["train", "--help"], ["--search", "--label", "--policy lynx"]),
         (["--version"], [__version__]),
     ],
 )
@@ -36,6 +39,9 @@ def test_ask_prints_thinking_answer_and_record(capsys, pocket):
         (["ask", "x", "--policy", "soon"], "unknown exit policy 'soon'"),
         (["ask", "x", "--model", "./absent"], "no such model directory"),
         (["ask", "x", "--budget", "-3"], "thinking_budget must be -1"),
+        (["ask", "x", "--policy", "lynx"], "no probe is given"),
+        (["collect", "--data", "./absent.jsonl", "--out", "x.jsonl"], "neither a data set"),
+        (["train", "./absent.jsonl", "--out", "probe"], "No such file"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(capsys, arguments, words):
@@ -43,6 +49,18 @@ def test_bad_input_is_one_line_and_status_two(capsys, arguments, words):
     told = capsys.readouterr().err
     assert words in told
     assert told.startswith("earlyexit: ")
+
+
+def test_collect_writes_traces_and_train_says_what_they_lack(capsys, tmp_path, pocket):
+    out = str(tmp_path / "traces.jsonl")
+    asked = ["collect", "--model", pocket, "--split", "dev", "--questions", "2", "--out", out]
+    assert main(asked) == 0
+    assert "2 questions done, 0 before, 0 left out" in capsys.readouterr().out
+    assert main(asked) == 0
+    assert "0 questions done, 2 before" in capsys.readouterr().out
+    assert main(["train", out, "--out", str(tmp_path / "probe")]) == 2
+    assert "collect more questions" in capsys.readouterr().err
+    assert not (tmp_path / "probe").exists()
 
 
 def test_the_demo_compares_three_policies_and_totals_them(capsys):

@@ -318,6 +318,24 @@ def test_a_minimum_gap_only_leaves_hits_out(pieces, gap):
     assert all(b.position - a.position >= gap for a, b in pairwise(kept))
 
 
+@given(tokenised(), st.sets(st.sampled_from(["reflection", "paragraph", "sentence", "interval"]), min_size=1))
+def test_a_hit_ends_with_the_first_token_by_which_the_whole_cue_is_there(pieces, kinds):
+    matcher = CueMatcher(CueSpec(WORDS, interval=5), frozenset(kinds))
+    for hit in feed(matcher, pieces + [""] * 40):
+        if hit.kind == "reflection":
+            assert hit.cue in "".join(pieces[hit.position : hit.end]).casefold()
+            assert hit.cue not in "".join(pieces[hit.position : hit.end - 1]).casefold()
+        else:
+            assert hit.end == hit.position
+
+
+def test_a_cue_that_is_one_token_by_itself_ends_with_it():
+    matcher = CueMatcher(CueSpec(token_ids=(7,)), REFLECTION)
+    matcher.push(0, "5")
+    hit = matcher.push(7, "")
+    assert (hit.position, hit.end) == (1, 2)
+
+
 # the spec
 
 

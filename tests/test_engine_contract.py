@@ -9,31 +9,15 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from engines_for_tests import SEEDED, SIZE, hashed, settle, talk, tiny
 
 from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer
 from langchain_earlyexit.engines.packed import PackedModel
 from langchain_earlyexit.engines.program import Answer, Close, Feed, Fork, Hidden, Open, Rewind, Sample, Step
-from langchain_earlyexit.engines.scheduler import STREAM_BOUND, ScheduledEngine
+from langchain_earlyexit.engines.scheduler import ScheduledEngine
 from langchain_earlyexit.engines.separate import SeparateModel
+from langchain_earlyexit.engines.streams import STREAM_BOUND
 from langchain_earlyexit.sampling import Sampling
-
-SIZE = 261
-SEEDED = Sampling(1.0)
-
-
-def tiny():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def hashed(ids):
-    return np.random.default_rng([len(ids), *ids[-4:]]).normal(0, 2, SIZE).astype(np.float32)
-
 
 KINDS = ["function", "packed", "separate"]
 
@@ -75,21 +59,27 @@ def chain(n, *, branch=0, sampling=SEEDED):
     return [(Sample(branch, sampling),)] * n
 
 
-def talk(n=10**9, prompt=(5, 6, 7), sampling=SEEDED, seed=1, out=None):
-    yield Step((Open(0, tuple(prompt), seed),))
-    for _ in range(n):
-        inbox = yield Step((Sample(0, sampling),))
-        token = inbox.results[0].id
-        if out is not None:
-            out.append(token)
-        yield Step((), (Answer(str(token)),))
+@pytest.mark.parametrize("kind", [PackedModel, SeparateModel])
+def test_of_a_long_branch_only_the_newest_hidden_states_are_kept(kind):
+    model = kind(tiny())
+    engine = ScheduledEngine(model, byte_tokenizer(), name="x")
+    caches = []
+    inner = model.new
+    model.new = lambda *given: caches.append(inner(*given)) or caches[-1]
 
+    def walk():
+        yield Step((Open(0, tuple(5 + i % 200 for i in range(1300)), 0, (0.5, 1.0)), Sample(0)))
+        for _ in range(70):
+            yield Step((Sample(0),))
+            assert all(len(cache.states) <= 64 for cache in caches)
+        inbox = yield Step((Hidden(0, 1369), Hidden(0, 1370 - 64)))
+        assert all(states.shape == (2, 32) for states in inbox.results)
+        yield Step((Hidden(0, 1369 - 64),))
 
-def settle(check, seconds=5.0):
-    until = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < until, "it did not settle"
-        time.sleep(0.005)
+    with pytest.raises(KeyError, match="no hidden state is kept for token 1305"):
+        list(engine.submit(walk()))
+    engine.close()
+    assert caches
 
 
 def test_a_fork_and_its_parent_leave_each_other_alone(engine):
@@ -108,6 +98,16 @@ def test_a_fork_and_its_parent_leave_each_other_alone(engine):
     first = both[1][0].id
     forked = results(engine, (Open(0, (9, 8, 7, 6, first, 40, 41)),), (Sample(0),), (Sample(0),))
     assert [both[4][2].id, both[5][0].id] == [forked[1][0].id, forked[2][0].id]
+
+
+def test_a_twin_draws_what_its_parent_would_and_any_other_fork_does_not(engine):
+    opened = (Open(0, (9, 8, 7, 6), 3),)
+    rewound = results(engine, opened, *chain(4), (Rewind(0, 5), Feed(0, (40, 41)), Sample(0, SEEDED)), *chain(6))[5:]
+    for twin in (True, False):
+        apart = (Fork(0, -1, 5, twin=twin), Feed(-1, (40, 41)), Sample(-1, SEEDED), Sample(0, SEEDED))
+        forked = results(engine, opened, *chain(4), apart, *chain(6, branch=-1))[5:]
+        drawn = [forked[0][2].id] + [step[0].id for step in forked[1:]]
+        assert (drawn == [rewound[0][-1].id] + [step[0].id for step in rewound[1:]]) is twin
 
 
 def test_a_rewind_and_the_same_tokens_again_give_the_same_logits(engine):
@@ -227,14 +227,20 @@ def test_a_failing_program_takes_down_itself_alone(engine, error):
     [
         (Open(0, ()),),
         (Sample(3),),
+        (Open(0, (1, 2)), Sample(0), Close(0)),
         (Open(0, (1, 2)), Rewind(0, 3)),
         (Open(0, (1, 2)), Fork(0, 1, 3)),
         (Open(0, (1, 2), 0, (0.5,)), Hidden(0, 2)),
     ],
 )
-def test_impossible_ops_are_errors_and_never_a_hang(engine, ops):
+def test_impossible_ops_are_errors_of_their_own_program_and_never_a_hang(engine, ops):
+    other = engine.submit(talk())
+    read = iter(other)
     with pytest.raises((ValueError, KeyError)):
         results(engine, ops)
+    for _ in range(3):
+        next(read)
+    other.cancel()
 
 
 def test_a_program_without_a_step_is_over(engine):
@@ -274,16 +280,22 @@ def test_a_closed_engine_ends_what_runs_and_refuses_more(engine):
     engine.close()
 
 
-def test_a_timeout_is_raised_also_when_paused_or_in_line():
-    engine = FunctionEngine(hashed, None)
+def test_a_timeout_is_raised_also_when_paused_or_in_line(monkeypatch):
+    monkeypatch.setattr("langchain_earlyexit.engines.streams.STREAM_BOUND", 3)
+    engine = FunctionEngine(hashed)
     engine._max_running = 1
-    paused = engine.submit(talk(), timeout=0.3)
-    queued = engine.submit(talk(), timeout=0.1)
-    cancelled = engine.submit(talk())
-    settle(lambda: len(paused._channel.events) >= STREAM_BOUND)
+    busy = threading.Event()
+    paused = engine.submit(talk(), timeout=1.0)
+    settle(lambda: len(paused._channel.events) >= 3)
+    engine._model._function = lambda ids: (busy.wait(30), hashed(ids))[1]
+    endless = engine.submit(talk())
+    queued, cancelled = engine.submit(talk(), timeout=0.1), engine.submit(talk())
     cancelled.cancel()
+    time.sleep(0.2)
+    busy.set()
     with pytest.raises(TimeoutError):
         list(queued)
+    endless.cancel()
     settle(lambda: engine.running == 0)
     with pytest.raises(TimeoutError):
         list(paused)
@@ -291,16 +303,16 @@ def test_a_timeout_is_raised_also_when_paused_or_in_line():
     engine.close()
 
 
-def test_waiting_in_line_behind_paused_programs_costs_no_time_of_the_processor():
+def test_paused_programs_cost_no_time_of_the_processor_and_keep_nobody_waiting():
     engine = FunctionEngine(hashed)
     engine._max_running = 1
-    paused, queued = engine.submit(talk()), engine.submit(talk(3))
+    paused = engine.submit(talk())
     settle(lambda: len(paused._channel.events) >= STREAM_BOUND)
     start = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - start < 0.15
+    assert len(list(engine.submit(talk(3)))) == 3
     paused.cancel()
-    assert len(list(queued)) == 3
     engine.close()
 
 

@@ -8,8 +8,9 @@ import torch
 import transformers as tf
 
 from langchain_earlyexit.engines import local
+from langchain_earlyexit.engines.attention import Pass
+from langchain_earlyexit.engines.model import Row
 from langchain_earlyexit.engines.packed import PackedModel
-from langchain_earlyexit.engines.scheduler import Row
 from langchain_earlyexit.engines.separate import SeparateModel
 
 SMALL = {
@@ -26,6 +27,20 @@ PACKABLE = {
     "Gemma3Text": {"sliding_window": 5},
     "GptOss": {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3Moe": MOE,
+    "DeepseekV3": {
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+    },
 }
 RECURRENT = {
     "Qwen3Next": MOE
@@ -63,6 +78,7 @@ def walk(core):
     step((one, a, [8, 9, 10, 11, 12, 13, 14, 15, 16]), (two, b, [50, 51]))
     fork, c = core.fork(one, 9), a[:9]
     step((two, b, [52]), (fork, c, [60, 61]), (one, a, [17]))
+    step((two, b, [58]), (fork, c, [63]), (one, a, [18]))
     core.rewind(one, 7)
     del a[7:]
     step((one, a, [70]), (fork, c, [62]), (two, b, [53, 54, 55, 56, 57]))
@@ -91,6 +107,47 @@ def test_a_packable_family_is_packed_and_computes_the_same(family):
     assert off_by(core, plain) < 1e-3
 
 
+@pytest.mark.parametrize("family", PACKABLE)
+def test_packed_rows_read_across_their_pages(family, monkeypatch):
+    for module in ("attention", "memory", "packed", "pages"):
+        monkeypatch.setattr(f"langchain_earlyexit.engines.{module}.PAGE", 4)
+    model, plain = (tiny(family, PACKABLE[family]) for _ in range(2))
+    assert off_by(PackedModel(model), plain) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_a_family_of_the_common_shape_runs_lean_and_its_modules_still_work(family):
+    model, plain = (tiny(family, PACKABLE[family] | {"attention_bias": True, "mlp_bias": True}) for _ in range(2))
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *plain.parameters()):
+            if parameter.ndim == 1:  # biases that are not 0, and norms that are not 1
+                parameter.add_(torch.linspace(-0.3, 0.3, len(parameter)))
+    core, _ = local._choose(model)
+    assert core.lean
+    assert off_by(core, plain) < 1e-3
+    model.set_attn_implementation("eager")
+    assert off_by(SeparateModel(model), plain) < 1e-3
+
+
+@pytest.mark.parametrize("broken", ["hook", "linear", "activation"])
+def test_a_model_that_was_changed_does_not_run_lean_and_computes_the_same(broken):
+    model, plain = (tiny("Llama", {"hidden_act": "gelu"} if broken == "activation" else {}) for _ in range(2))
+    for one in (model, plain):
+        block = one.model.layers[1]
+        if broken == "hook":
+            block.mlp.register_forward_hook(lambda module, args, out: out * 0.5)
+        elif broken == "linear":
+            block.mlp.up_proj.__class__ = type("Doubled", (torch.nn.Linear,), {"forward": doubled})
+    core, path = local._choose(model)
+    assert path == "packed"
+    assert not core.lean
+    assert off_by(core, plain) < 1e-3
+
+
+def doubled(self, x):
+    return torch.nn.functional.linear(x, self.weight) * 2
+
+
 @pytest.mark.parametrize("family", RECURRENT)
 def test_a_recurrent_family_runs_separately_and_computes_the_same(family, caplog):
     model, plain = (tiny(family, RECURRENT[family]) for _ in range(2))
@@ -111,14 +168,11 @@ def test_the_separate_path_is_right_for_packable_families_too(family):
 def test_a_family_that_fails_the_self_check_falls_back_and_is_left_as_it_was(broken, monkeypatch):
     model, plain = (tiny("Mistral", {"sliding_window": 4000}) for _ in range(2))
     before = model.config._attn_implementation
-    attend = "langchain_earlyexit.engines.packed._attend"
-    from langchain_earlyexit.engines import packed
-
-    real = packed._attend
+    real = Pass.attend
     if broken == "window":  # ignored, and far longer than any rehearsal
-        monkeypatch.setattr(attend, lambda q, k, v, scale, window, cap, sinks: real(q, k, v, scale, None, cap, sinks))
+        monkeypatch.setattr(Pass, "attend", lambda self, *a: real(self, *a[:5]))
     elif broken == "crash":
-        monkeypatch.setattr(attend, lambda *a: {}["no such thing"])
+        monkeypatch.setattr(Pass, "attend", lambda *a: {}["no such thing"])
     else:
         model.model.layers[1].self_attn.forward = lambda hidden_states, **k: (hidden_states, None)
     core, path = local._choose(model)

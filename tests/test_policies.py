@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from langchain_earlyexit.policies import (
     DEER,
     EAT,
+    LYNX,
     AnswerConvergence,
     CoDEStop,
     FirstOf,
+    GiveUp,
     Never,
     Policy,
     ThinkBrake,
@@ -311,7 +313,7 @@ def test_a_policy_goes_by_its_name(name, policy):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-    known = "codestop, convergence, deer, eat, never, thinkbrake"
+    known = "codestop, convergence, deer, eat, giveup, lynx, never, thinkbrake"
     with pytest.raises(ValueError, match=f"unknown exit policy 'dear'; known are {known}"):
         policy_from_name("dear")
 
@@ -408,6 +410,82 @@ class TestThinkBrake:
         assert needs_at(both, "sentence") == {"end_margin"}
 
 
-@pytest.mark.parametrize("name", ["never", "deer", "codestop", "convergence", "eat", "thinkbrake"])
+class TestLYNX:
+    @staticmethod
+    def trace(*values):
+        return Trace(tuple(Check(i + 1, "wait", {"p_safe": p}) for i, p in enumerate(values)))
+
+    def test_its_reason_is_sufficient_and_its_score_the_probability(self):
+        assert LYNX(0.9).decide(self.trace(0.2, 0.93)) == Decision(True, "sufficient", 0.93)
+        assert LYNX(0.9).decide(self.trace(0.93, 0.9)) == Decision(False, "natural", 0.9)
+
+    def test_a_quantile_of_too_few_cues_is_infinite_and_never_leaves(self):
+        assert replay(LYNX(q_safe=math.inf, q_unsafe=math.inf), self.trace(0.5, 1.0)) is None
+        assert replay(LYNX(q_safe=math.inf, q_unsafe=0.7), self.trace(0.7, 0.71)) == 1
+
+    def test_a_set_of_both_or_of_none_is_no_reason_to_leave(self):
+        assert replay(LYNX(q_safe=0.4, q_unsafe=0.8), self.trace(0.7)) is None  # both
+        assert replay(LYNX(q_safe=0.1, q_unsafe=0.4), self.trace(0.7)) is None  # neither
+        assert replay(LYNX(q_safe=0.4, q_unsafe=0.4), self.trace(0.7)) == 0
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_without_a_probability_it_goes_on(self, value):
+        assert not LYNX(0.0).decide(self.trace(value)).exit
+        assert not LYNX(0.0).decide(trace_of(1.0)).exit
+
+    @pytest.mark.parametrize(
+        ("policy", "text"),
+        [
+            (LYNX(), "LYNX(threshold=0.95)"),
+            (LYNX(q_safe=0.2, q_unsafe=math.inf), "LYNX(q_safe=0.2, q_unsafe=float('inf'))"),
+        ],
+    )
+    def test_its_repr_makes_it_again(self, policy, text):
+        assert repr(policy) == text
+        assert eval(text) == policy  # noqa: S307
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"q_safe": 0.1}, "q_unsafe is missing"),
+            ({"threshold": 0.5, "q_safe": 0.1, "q_unsafe": 0.1}, "not both"),
+            ({"threshold": 1.5}, "threshold must be in"),
+            ({"q_safe": -0.1, "q_unsafe": 0.1}, "q_safe must be at least 0"),
+            ({"q_safe": 0.1, "q_unsafe": math.nan}, "q_unsafe must be at least 0"),
+        ],
+    )
+    def test_fields_that_cannot_be_meant_are_refused(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            LYNX(**fields)
+
+
+class TestGiveUp:
+    def test_its_reason_is_unpromising_and_its_score_the_best_of_the_row(self):
+        decision = GiveUp(0.3, patience=2, min_checks=2).decide(trace_of(0.9, 0.1, 0.2))
+        assert decision == Decision(True, "unpromising", 0.2)
+
+    def test_one_hopeful_check_starts_the_row_again(self):
+        policy = GiveUp(0.3, patience=2, min_checks=1)
+        assert replay(policy, trace_of(0.1, 0.9, 0.1, 0.1)) == 3
+
+    def test_it_waits_for_its_first_checks_however_hopeless(self):
+        assert replay(GiveUp(0.3, patience=2, min_checks=4), trace_of(*[0.0] * 6)) == 3
+
+    def test_checks_without_the_signal_count_for_nothing(self):
+        policy = GiveUp(0.3, patience=2, min_checks=2)
+        assert replay(policy, trace_of(0.1, None, math.nan, 0.1)) == 3
+        assert replay(GiveUp(signal="p_safe", patience=1, min_checks=1), trace_of(0.0, 0.0)) is None
+
+    def test_it_needs_the_one_signal_it_reads(self):
+        assert GiveUp().needs == CONFIDENCE
+        assert GiveUp(signal="p_safe").needs == {"p_safe"}
+
+    @pytest.mark.parametrize("fields", [{"threshold": 2}, {"patience": 0}, {"min_checks": 0}, {"signal": "end_margin"}])
+    def test_fields_that_cannot_be_meant_are_refused(self, fields):
+        with pytest.raises(ValueError, match="must be"):
+            GiveUp(**fields)
+
+
+@pytest.mark.parametrize("name", ["never", "deer", "codestop", "lynx", "convergence", "eat", "thinkbrake", "giveup"])
 def test_every_policy_has_a_name(name):
     assert isinstance(policy_from_name(name), Policy)

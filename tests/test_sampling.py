@@ -8,11 +8,23 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from langchain_earlyexit.sampling import GREEDY, Sampling, pick, uniform
+from langchain_earlyexit.engines.program import Sample
+from langchain_earlyexit.sampling import GREEDY, Sampling, pick, pick_all, uniform
 
 
 def random_logits(seed: int, size: int = 40) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+
+
+def drawn_over(logits: np.ndarray, sampling: Sampling, grid: int) -> list[int]:
+    """The ids drawn from the same logits by uniform numbers that lie evenly."""
+    draws = [(i + 0.5) / grid for i in range(grid)]
+    parts = (draws[i : i + 500] for i in range(0, grid, 500))
+    return [
+        token.id
+        for part in parts
+        for token in pick_all(np.tile(logits, (len(part), 1)), [Sample(0, sampling)] * len(part), part)
+    ]
 
 
 def allowed_by_transformers(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -44,21 +56,19 @@ def test_the_filters_leave_the_tokens_and_shares_that_transformers_leaves(seed, 
     sampling = Sampling(temperature, top_p, top_k, min_p)
     expected = allowed_by_transformers(logits, sampling)
     grid = 400
-    drawn = np.bincount([pick(logits, sampling, (i + 0.5) / grid).id for i in range(grid)], minlength=len(logits))
+    drawn = np.bincount(drawn_over(logits, sampling, grid), minlength=len(logits))
     assert set(np.flatnonzero(drawn)) <= set(np.flatnonzero(expected))
     assert np.abs(drawn / grid - expected).max() <= 1.01 / grid
 
 
 def test_a_top_k_beyond_the_quick_head_still_cuts_at_top_p_of_its_own_mass():
-    logits = np.zeros(4096, dtype=np.float32)
-    drawn = {pick(logits, Sampling(1.0, 0.9, 2000), (i + 0.5) / 6000).id for i in range(6000)}
-    assert len(drawn) == 1800
+    logits = np.zeros(2048, dtype=np.float32)
+    assert len(set(drawn_over(logits, Sampling(1.0, 0.9, 1500), 2800))) == 1350
 
 
 def test_a_flat_distribution_over_a_large_vocabulary_is_cut_at_top_p():
-    logits = np.zeros(4096, dtype=np.float32)
-    drawn = {pick(logits, Sampling(1.0, 0.5), (i + 0.5) / 8192).id for i in range(8192)}
-    assert len(drawn) == 2048
+    logits = np.zeros(2048, dtype=np.float32)
+    assert len(set(drawn_over(logits, Sampling(1.0, 0.5), 2048))) == 1024
 
 
 def test_keyed_draws_follow_the_probabilities():
@@ -139,3 +149,28 @@ def test_a_tiny_temperature_is_greedy_and_not_nan():
 def test_settings_out_of_range_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize("size", [40, 300, 3000])
+def test_rows_picked_together_are_what_each_is_alone(size):
+    rng = np.random.default_rng(size)
+    settings = [GREEDY, Sampling(1.0), Sampling(0.6, 0.95), Sampling(1.5, 0.99, 70), Sampling(1.0, min_p=0.02)]
+    wanted = [
+        Sample(
+            0,
+            settings[i % 5],
+            forbid=frozenset({i % size, 3}) if i % 3 == 0 else frozenset(),
+            watch=(1, 2) if i % 4 == 0 else (),
+            entropy=i % 2 == 0,
+            allow=rng.bytes(size // 8) if i % 7 == 0 else None,
+        )
+        for i in range(60)
+    ]
+    logits = rng.normal(0, 2, (60, size)).astype(np.float32)
+    draws = rng.random(60).tolist()
+    together = pick_all(logits, wanted, draws)
+    assert together == [
+        pick(row, w.sampling, u, forbid=w.forbid, watch=w.watch, entropy=w.entropy, allow=w.allow)
+        for row, w, u in zip(logits, wanted, draws, strict=True)
+    ]
+    assert len({token.id for token in together}) > 20

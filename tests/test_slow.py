@@ -1,5 +1,7 @@
 """Slow proofs, run by `make test-slow`: real weights from a GGUF file, and the wheel away from the repository."""
 
+import json
+import random
 import re
 import shutil
 import subprocess
@@ -7,7 +9,10 @@ import sys
 import venv
 from pathlib import Path
 
+import jsonschema
 import pytest
+import random_schemas
+from langchain_core.runnables import RunnableParallel
 
 from langchain_earlyexit import ChatEarlyExit
 
@@ -53,6 +58,52 @@ class TestAGGUFFile:
         ids = plain.generate(**prompt, do_sample=False, max_new_tokens=24)[0, prompt["input_ids"].shape[1] :]
         with ChatEarlyExit(model=smollm2, temperature=0, max_tokens=24) as llm:
             assert llm.invoke(question).text == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+class TestGrammarsOnAModelThatNeverSawThem:
+    def test_300_random_bounded_schemas_at_temperature_1_are_all_valid(self, smollm2):
+        rng = random.Random(300)
+        schemas = [random_schemas.schema(rng) for _ in range(300)]
+        valid = jsonschema.Draft202012Validator
+        with ChatEarlyExit(model=smollm2, temperature=1.0, max_tokens=2000) as llm:
+            for start in range(0, 300, 30):
+                asked = [_asks(llm, schema, seed) for seed, schema in enumerate(schemas[start : start + 30], start)]
+                answers = RunnableParallel({str(at): one for at, one in enumerate(asked)}).invoke("Write some JSON.")
+                for at, schema in enumerate(schemas[start : start + 30]):
+                    message = answers[str(at)]
+                    assert message.response_metadata["finish_reason"] == "stop"
+                    valid(schema, format_checker=valid.FORMAT_CHECKER).validate(json.loads(message.content))
+                    assert "think>" not in message.content
+
+    def test_unbounded_schemas_are_valid_or_honestly_cut(self, smollm2):
+        rng = random.Random(301)
+        with ChatEarlyExit(model=smollm2, temperature=1.0, max_tokens=100) as llm:
+            for seed in range(30):
+                schema = random_schemas.schema(rng, bounded=False)
+                message = _asks(llm, schema, seed).invoke("Write some JSON.")
+                if message.response_metadata["finish_reason"] == "stop":
+                    jsonschema.Draft202012Validator(schema).validate(json.loads(message.content))
+                else:
+                    assert message.response_metadata["finish_reason"] == "length"
+
+    def test_a_forced_call_copies_what_the_question_says(self, smollm2):
+        tool = {
+            "type": "function",
+            "function": {
+                "name": "get_weather",
+                "description": "Get the weather of a place.",
+                "parameters": {"properties": {"location": {"type": "string"}}, "required": ["location"]},
+            },
+        }
+        with ChatEarlyExit(model=smollm2, temperature=0, max_tokens=80) as llm:
+            bound = llm.bind_tools([tool], tool_choice="any", parallel_tool_calls=False)
+            [call] = bound.invoke("What is the weather in Paris?").tool_calls
+            assert (call["name"], call["args"]) == ("get_weather", {"location": "Paris"})
+
+
+def _asks(llm, schema, seed):
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    return llm.bind(response_format=wanted, seed=seed)
 
 
 def test_the_wheel_in_an_empty_environment_runs_the_readme_s_code_away_from_the_repository(tmp_path):

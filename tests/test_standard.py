@@ -1,13 +1,21 @@
-"""LangChain's own standard tests on the pocket reasoner: the unit suite, and the integration suite without tools."""
+"""LangChain's own standard tests: on the pocket reasoner, and, for plumbing, on a function that knows the answers."""
 
 import pytest
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
+from oracle import oracle
 
 from langchain_earlyexit import DEER, ChatEarlyExit
+from langchain_earlyexit.pocket import weights_dir
 
 
 class _Standard:
+    has_tool_calling = True
+    has_tool_choice = True
+    has_structured_output = True
+    supports_json_mode = True
+    supports_model_override = False
+
     @property
     def chat_model_class(self):
         return ChatEarlyExit
@@ -24,31 +32,9 @@ class _Standard:
     weights = "pocket"
 
     @property
-    def has_tool_calling(self):
-        return False
-
-    @property
-    def has_tool_choice(self):
-        return False
-
-    @property
-    def has_structured_output(self):
-        return False
-
-    @property
-    def supports_model_override(self):
-        return False
-
-    @property
     def supported_usage_metadata_details(self):
         return {"invoke": ["reasoning_output"], "stream": ["reasoning_output"]}
 
-
-class TestUnit(_Standard, ChatModelUnitTests):
-    pass
-
-
-class TestIntegration(_Standard, ChatModelIntegrationTests):
     def invoke_with_reasoning_output(self, *, stream=False):
         llm = self.chat_model_class(**self.chat_model_params)
         question = "What is 37 + 48 * 2 - 15?"
@@ -58,3 +44,20 @@ class TestIntegration(_Standard, ChatModelIntegrationTests):
         for chunk in llm.stream(question):
             whole = chunk if whole is None else whole + chunk
         return whole
+
+
+class TestUnit(_Standard, ChatModelUnitTests):
+    pass
+
+
+class TestIntegration(_Standard, ChatModelIntegrationTests):
+    # Weights that were never taught tools have a chat template that does not show them.
+    has_tool_calling = has_tool_choice = has_structured_output = supports_json_mode = (
+        "<tool_call>" in (weights_dir() / "chat_template.jinja").read_text()
+    )
+
+
+class TestPlumbing(_Standard, ChatModelIntegrationTests):
+    @property
+    def chat_model_params(self):
+        return {"engine": oracle(), "exit_policy": DEER(threshold=0.95), "seed": 7, "temperature": 0}

@@ -7,7 +7,7 @@ from tokenizers_for_tests import byte_level
 
 from langchain_earlyexit.codec import Codec, Pieces
 from langchain_earlyexit.engines.function import byte_tokenizer
-from langchain_earlyexit.strain import EndOfThinking, Strainer, TagFound, Trimmer
+from langchain_earlyexit.strain import Strainer, TagFinder, TagFound, Trimmer
 
 TAGS = ("<think>", "</think>")
 CODEC = Codec(byte_level(plain=()))
@@ -92,7 +92,7 @@ def test_silent_tells_what_will_be_readable(text, more):
 
 def test_a_tag_that_is_one_token_is_found_by_its_id_and_never_by_its_letters():
     codec = Codec(byte_tokenizer())
-    finder = EndOfThinking(codec, "</think>")
+    finder = TagFinder(codec, "</think>")
     letters = [codec.encode(letter)[0] for letter in "</think>"]
     assert [finder.push(i, codec.decode([i])) for i in letters] == [None] * 8
     assert finder.held == 0
@@ -107,7 +107,7 @@ plain = st.text("abé <>/think", max_size=20).filter(lambda text: "</think>" not
 def test_a_tag_in_plain_text_is_found_once_cut_exactly_and_none_of_it_is_free_before(before, after):
     if (before + "</think>").index("</think>") != len(before):
         return
-    finder, pieces = EndOfThinking(CODEC, "</think>"), Pieces(CODEC)
+    finder, pieces = TagFinder(CODEC, "</think>"), Pieces(CODEC)
     texts: list[str] = []
     for token in CODEC.encode(before + "</think>" + after):
         piece = pieces.push(token)
@@ -124,7 +124,7 @@ def test_a_tag_in_plain_text_is_found_once_cut_exactly_and_none_of_it_is_free_be
 
 
 def test_a_beginning_of_the_tag_is_held_and_let_go_when_it_was_none():
-    finder = EndOfThinking(CODEC, "</think>")
+    finder = TagFinder(CODEC, "</think>")
     held = []
     for letter in "a</thin b":
         finder.push(9999, letter)
@@ -133,7 +133,7 @@ def test_a_beginning_of_the_tag_is_held_and_let_go_when_it_was_none():
 
 
 def test_without_a_tag_nothing_is_found_and_nothing_held():
-    finder = EndOfThinking(CODEC, None)
+    finder = TagFinder(CODEC, None)
     assert finder.push(7, "</think>") is None
     assert finder.held == 0
 
@@ -142,7 +142,7 @@ def test_a_tag_of_several_control_tokens_is_found_whole():
     tokens = ("<|end|>", "<|start|>", "<|channel|>", "<|message|>")
     codec = Codec(byte_level(special=("<|im_end|>", *tokens), plain=(), eos_token="<|im_end|>"))
     tag = "<|end|><|start|>assistant<|channel|>final<|message|>"
-    finder, pieces = EndOfThinking(codec, tag), Pieces(codec)
+    finder, pieces = TagFinder(codec, tag), Pieces(codec)
     ids = codec.encode("so 4." + tag)
     found = [finder.push(i, pieces.push(i)) for i in ids]
     assert found[:-1] == [None] * (len(ids) - 1)

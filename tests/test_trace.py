@@ -35,7 +35,9 @@ def traces(draw):
         *(draw(counts) for _ in range(3)),
         trial_tokens=draw(per_check),
         exit_tokens=draw(per_check),
+        read_tokens=draw(per_check),
         seed=draw(counts),
+        reason=draw(st.none() | st.sampled_from(REASONS)),
     )
 
 

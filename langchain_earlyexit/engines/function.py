@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from langchain_earlyexit.engines.scheduler import Row, ScheduledEngine
+from langchain_earlyexit.engines.model import Model, Row
+from langchain_earlyexit.engines.scheduler import ScheduledEngine
 
 NextLogits = Callable[[Sequence[int]], NDArray[np.float32]]
 
@@ -106,8 +107,8 @@ def _overlap(written: str, said: str) -> int:
     return 0
 
 
-class _FunctionModel:
-    """The `Model` of a function: its cache is the list of ids."""
+class _FunctionModel(Model):
+    """The model of a function: its cache is the list of ids."""
 
     def __init__(self, function: NextLogits) -> None:
         self._function = function
@@ -121,11 +122,10 @@ class _FunctionModel:
     def rewind(self, cache: list[int], length: int) -> None:
         del cache[length:]
 
-    def forward(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
-        out = []
+    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        out = np.stack([np.asarray(self._function([*row.cache, *row.ids]), dtype=np.float32) for row in rows])
         for row in rows:
             row.cache.extend(row.ids)
-            out.append(np.asarray(self._function(row.cache), dtype=np.float32))
         return out
 
     def hidden(self, cache: list[int], position: int) -> NDArray[np.float32]:

@@ -15,14 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from langchain_earlyexit.engines.identity import identity
+from langchain_earlyexit.engines.model import Model, Row
 from langchain_earlyexit.engines.packed import PackedModel
-from langchain_earlyexit.engines.scheduler import Model, Row, ScheduledEngine
+from langchain_earlyexit.engines.scheduler import ScheduledEngine
 from langchain_earlyexit.engines.separate import SeparateModel
 
 _log = logging.getLogger(__name__)
 
 _PROBE_LENGTH = 12
 _PROBE_WINDOW = 6
+_UNKNOWN_MEMORY = 8 << 30
+"""Where the system does not tell."""
+
 _TOLERANCE = 1e-3
 """Largest difference of log-probabilities in float32, root mean square. A wrong path is off by whole units."""
 
@@ -32,7 +37,13 @@ class LocalSettings:
     """What decides which weights are in memory: equal settings share one engine within a process.
 
     `model` is a hub id, a directory in the Hugging Face layout, or a directory with one `.gguf` file; the rest is
-    passed to `from_pretrained` under the same names.
+    passed to `from_pretrained` under the same names, up to `token`.
+
+    Attributes:
+        cache_bytes: most bytes that keys and values of all requests may take; None for half of the memory. What does
+            not fit waits in line.
+        max_running: requests that share a pass.
+        reuse_prompts: keep the keys and values of prompts, in a quarter of that memory, for requests that begin alike.
     """
 
     model: str
@@ -43,11 +54,18 @@ class LocalSettings:
     trust_remote_code: bool = False
     quantization_config: Any = field(default=None, compare=False)
     token: str | None = field(default=None, compare=False, repr=False)
+    cache_bytes: int | None = None
+    max_running: int = 64
+    reuse_prompts: bool = True
     quantization: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         # Quantization configs compare by identity; what they say is what makes settings equal.
         object.__setattr__(self, "quantization", repr(self.quantization_config))
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise ValueError(f"cache_bytes must be at least 1, not {self.cache_bytes}")
+        if self.max_running < 1:
+            raise ValueError(f"max_running must be at least 1, not {self.max_running}")
 
 
 def load(settings: LocalSettings) -> ScheduledEngine:
@@ -84,6 +102,11 @@ def load(settings: LocalSettings) -> ScheduledEngine:
     config = model.config.get_text_config()
     generation = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
     core, path = _choose(model)
+    limit = settings.cache_bytes or _share_of_memory(model.device)
+    if isinstance(core, PackedModel):
+        core.bound(limit, reuse=settings.reuse_prompts)
+    else:
+        core.bound(limit)
     return ScheduledEngine(
         core,
         tokenizer,
@@ -91,6 +114,8 @@ def load(settings: LocalSettings) -> ScheduledEngine:
         context_length=getattr(config, "max_position_embeddings", None),
         family_hints=(settings.model, str(config.model_type), *(model.config.architectures or ())),
         generation_defaults=generation,
+        identity=identity(model),
+        max_running=settings.max_running,
     )
 
 
@@ -135,10 +160,23 @@ def _locate(model: str) -> tuple[str, str | None]:
     )
 
 
+def _share_of_memory(device: torch.device) -> int:
+    """Half of what there is: of the machine or its control group, or of what is free on an accelerator."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    found = [_UNKNOWN_MEMORY]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.is_file() and (text := group.read_text().strip()).isdigit():
+        found.append(int(text))
+    return min(found) // 2
+
+
 # --- which path ---------------------------------------------------------------------------------------------------
 
 
-def _choose(model: Any) -> tuple[Model, str]:
+def _choose(model: Any) -> tuple[PackedModel | SeparateModel, str]:
     """The packed path if this model proves to compute the same on it, else the separate one.
 
     The judge is the plain model without a cache. What the plain model with a cache is off by is rounding, and bounds in
@@ -155,22 +193,30 @@ def _choose(model: Any) -> tuple[Model, str]:
             if model.dtype == torch.float32 and not rounding <= _TOLERANCE:
                 one_by_one = True
                 reason = reason or f"its cache is off by {rounding:.2g} when it goes on by several tokens"
-            if reason is None:
-                tolerance = _TOLERANCE if model.dtype == torch.float32 else max(_TOLERANCE, 3 * rounding)
-                packed = PackedModel(model)
-                gap = _gap(_rehearse(packed, model), expected)
-                if packed.calls != packed.layers * packed.passes:
-                    reason = f"{packed.calls} of {packed.layers * packed.passes} attentions were packed"
-                elif not gap <= tolerance:
-                    reason = f"packed and plain log-probabilities differ by {gap:.2g}"
+            tolerance = _TOLERANCE if model.dtype == torch.float32 else max(_TOLERANCE, 3 * rounding)
+            for lean in (True, False) if reason is None else ():
+                packed = PackedModel(model, lean=lean)
+                if lean > packed.lean:
+                    continue
+                reason = _fault(packed, model, expected, tolerance)
+                if reason is None:
+                    return packed, "packed"
+                if lean:
+                    _log.info("%s runs without its lean form: %s", type(model).__name__, reason)
         except Exception as error:  # noqa: BLE001 - whatever it is, the plain path is what is left
             reason = reason or f"packed attention failed on it ({type(error).__name__}: {error})"
-    if reason is None:
-        return packed, "packed"
     if model.config._attn_implementation != before:
         model.set_attn_implementation(before)
     _log.info("%s runs one branch at a time: %s", type(model).__name__, reason)
     return SeparateModel(model, one_by_one=one_by_one), "separate"
+
+
+def _fault(packed: PackedModel, model: Any, expected: Sequence[NDArray[np.float32]], tolerance: float) -> str | None:
+    """What is wrong with the packed path for this model, or None."""
+    gap = _gap(_rehearse(packed, model), expected)
+    if packed.calls != packed.layers * packed.passes:
+        return f"{packed.calls} of {packed.layers * packed.passes} attentions were packed"
+    return None if gap <= tolerance else f"packed and plain log-probabilities differ by {gap:.2g}"
 
 
 @contextlib.contextmanager
@@ -229,6 +275,8 @@ def _rehearse(core: Model, model: Any) -> Work:
     step((one, first, [11]), (two, second, prompt[:0:-1]))
     fork, third = core.fork(one, _PROBE_LENGTH), first[:_PROBE_LENGTH]
     step((fork, third, [17, 23, 5]), (one, first, [29]), (two, second, [31]))
+    # More rows than are attended one by one.
+    step((fork, third, [5]), (one, first, [3]), (two, second, [2]))
     core.rewind(one, _PROBE_LENGTH - 2)
     del first[_PROBE_LENGTH - 2 :]
     step((one, first, [37, 41]), (fork, third, [43]))

@@ -1,27 +1,28 @@
-"""Packed attention: one forward pass over the pending tokens of every branch, each with its own keys and values.
+"""The packed model: one forward pass over the pending tokens of every branch, each with its own keys and values.
 
 All rows stand side by side in one sequence `[1, N]` with their own position ids. The model's layers see nothing
-unusual; only attention knows where each row starts and which store it belongs to.
+unusual; only attention knows where each row starts and which pages it reads.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from langchain_earlyexit.engines.scheduler import Row
-from langchain_earlyexit.engines.taps import States, Taps, forget, read
+from langchain_earlyexit.engines.attention import Pass, Span
+from langchain_earlyexit.engines.lean import Lean
+from langchain_earlyexit.engines.memory import Memory
+from langchain_earlyexit.engines.model import Model, Row
+from langchain_earlyexit.engines.pages import PAGE, Book, Table
+from langchain_earlyexit.engines.taps import States, Tapped, Taps, forget, read
 
 NAME = "earlyexit_packed"
-_GROW = 64
 _IGNORED = frozenset(
     {
         "dropout",
@@ -33,59 +34,25 @@ _IGNORED = frozenset(
         "output_router_logits",
     }
 )
-"""Attention keywords that change nothing here: inference has no dropout, and order follows from the store."""
+"""Attention keywords that change nothing here: inference has no dropout, and order follows from the pages."""
+
+_REMEMBERED = 0.25
+"""Share of the memory that beginnings of prompts may keep when nobody uses them."""
+
+_SPARE = 64
+"""Pages held in reserve when nothing runs."""
 
 _pass = threading.local()
 
 
-class Store:
-    """Keys and values of one branch: per layer two tensors [heads, capacity, size], `length` tokens filled."""
+class Cache:
+    """Keys, values and hidden states of one branch."""
 
-    __slots__ = ("__weakref__", "keys", "length", "states", "values")
+    __slots__ = ("__weakref__", "states", "table")
 
-    def __init__(self, layers: int) -> None:
-        self.length = 0
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
-        self.states: States = {}
-
-    def fork(self, length: int) -> Store:
-        """An independent store with the first `length` tokens."""
-        child = Store(len(self.keys))
-        child.length = length
-        child.states = {position: state for position, state in self.states.items() if position < length}
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            if key is not None and value is not None:
-                child.keys[layer] = _grown(key[:, :length], length + _GROW)
-                child.values[layer] = _grown(value[:, :length], length + _GROW)
-        return child
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [heads, n, size] of one layer; everything stored in it is returned as views."""
-        end = self.length + key.shape[1]
-        old_key, old_value = self.keys[layer], self.values[layer]
-        if old_key is None or old_value is None or old_key.shape[1] < end:
-            capacity = end + max(_GROW, end // 2)
-            old_key = _grown(key[:, :0] if old_key is None else old_key[:, : self.length], capacity)
-            old_value = _grown(value[:, :0] if old_value is None else old_value[:, : self.length], capacity)
-            self.keys[layer], self.values[layer] = old_key, old_value
-        old_key[:, self.length : end] = key
-        old_value[:, self.length : end] = value
-        return old_key[:, :end], old_value[:, :end]
-
-
-def _grown(tensor: Tensor, capacity: int) -> Tensor:
-    grown = tensor.new_empty(tensor.shape[0], capacity, tensor.shape[2])
-    grown[:, : tensor.shape[1]] = tensor
-    return grown
-
-
-@dataclass(slots=True)
-class _Pass:
-    """One forward pass: where each row lies, and how often attention ran: a family that bypasses it is not packable."""
-
-    spans: list[tuple[int, int, Store]]
-    calls: int = 0
+    def __init__(self, table: Table, states: States) -> None:
+        self.table = table
+        self.states = states
 
 
 def attention(
@@ -108,119 +75,192 @@ def attention(
     unknown = [name for name, given in keywords.items() if given is not None and name not in _IGNORED]
     if unknown:
         raise NotImplementedError(f"packed attention does not know {unknown}")
-    run: _Pass = _pass.current
-    run.calls += 1
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    for start, end, store in run.spans:
-        keys, values = store.append(layer, key[0, :, start:end], value[0, :, start:end])
-        out[start:end] = _attend(query[0, :, start:end], keys, values, scale, sliding_window, softcap, s_aux)
+    run: Pass = _pass.current
+    out = run.attend(
+        module.layer_idx,  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window,
+        softcap,
+        s_aux,
+    )
     return out.unsqueeze(0), None
 
 
-def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """`query` [heads, n, size] are the last n of the T tokens in `keys` and `values` [kv heads, T, size]."""
-    heads, new, size = query.shape
-    total = keys.shape[1]
-    if window is not None and new == 1 and total > window:
-        keys, values = keys[:, -window:], values[:, -window:]
-        total, window = window, None
-    if new == 1 and window is None and softcap is None and sinks is None and heads == keys.shape[0]:
-        # Decoding as most models do it: one fused operation instead of five.
-        fused = functional.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scale)
-        return fused[0].transpose(0, 1)
-    grouped = query.reshape(keys.shape[0], -1, size)  # [kv heads, group * n, size]
-    scores = torch.bmm(grouped * scale, keys.transpose(1, 2))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(heads, new, total)
-    if new > 1:
-        place = torch.arange(total - new, total, device=query.device).unsqueeze(1)
-        seen = torch.arange(total, device=query.device).unsqueeze(0)
-        hidden = seen > place
-        if window is not None:
-            hidden = hidden | (seen <= place - window)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks is None:
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-    else:
-        sink = sinks.view(heads, 1, 1).expand(heads, new, 1).to(scores.dtype)
-        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
-    mixed = torch.bmm(weights.to(values.dtype).view(keys.shape[0], -1, total), values)
-    return mixed.view(heads, new, -1).transpose(0, 1)
-
-
-class PackedModel:
-    """A `scheduler.Model` over a `transformers` causal LM whose attention goes through `AttentionInterface`.
+class PackedModel(Model):
+    """A model over a `transformers` causal LM whose attention goes through `AttentionInterface`.
 
     Args:
         model: the causal LM, in eval mode; its attention implementation is switched to the packed one.
+        lean: use the lean form of the forward pass where the model has one.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, lean: bool = True) -> None:
         from transformers import AttentionInterface
 
         # No mask function is registered with it: transformers then builds no mask at all, which is what rows need.
         AttentionInterface.register(NAME, attention)
         model.set_attn_implementation(NAME)
         self._model: Any = model
+        self._lean = Lean.of(model) if lean else None
         self._device = model.device
         self._taps = Taps(model)
         self.layers = self._taps.layers
+        self._memory = Memory(self.layers, self._device)
+        self._book = Book()
+        self._limit: int | None = None
+        self._reuse = False
         self.calls = self.passes = 0  # of attention, and of the model: a layer that bypasses it makes a difference
 
-    def new(self) -> Store:
-        return Store(self.layers)
+    @property
+    def lean(self) -> bool:
+        """Whether the lean form of the forward pass is used."""
+        return self._lean is not None
 
-    def fork(self, cache: Store, length: int) -> Store:
-        return cache.fork(length)
+    # --- caches -----------------------------------------------------------------------------------------------------
 
-    def rewind(self, cache: Store, length: int) -> None:
-        cache.length = length
+    def new(self) -> Cache:
+        return Cache(self._book.new(), {})
+
+    def fork(self, cache: Cache, length: int) -> Cache:
+        states = {position: state for position, state in cache.states.items() if position < length}
+        return Cache(self._book.fork(cache.table, length), states)
+
+    def rewind(self, cache: Cache, length: int) -> None:
+        self._book.rewind(cache.table, length)
         forget(cache.states, from_=length)
 
-    @torch.inference_mode()
-    def forward(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
-        ids: list[int] = []
-        positions: list[int] = []
-        spans: list[tuple[int, int, Store]] = []
-        for row in rows:
-            start = len(ids)
-            ids.extend(row.ids)
-            positions.extend(range(row.cache.length, row.cache.length + len(row.ids)))
-            spans.append((start, len(ids), row.cache))
-        _pass.current = run = _Pass(spans)
-        last = [end - 1 for _, end, _ in spans]
-        try:
-            with self._taps.watch(depth for row in rows for depth in row.layers) as seen:
-                logits = self._model(
-                    input_ids=torch.tensor([ids], device=self._device),
-                    position_ids=torch.tensor([positions], device=self._device),
-                    use_cache=False,
-                    logits_to_keep=torch.tensor(last, device=self._device) if len(last) < len(ids) else 0,
-                ).logits
-        finally:
-            _pass.current = None
-        self.calls += run.calls
-        self.passes += 1
-        for row, (start, end, store) in zip(rows, spans, strict=True):
-            store.length += end - start
-            self._taps.keep(store.states, row.layers, seen, start, end, store.length)
-        found: NDArray[np.float32] = logits[0].float().cpu().numpy()
-        return list(found)
-
-    def hidden(self, cache: Store, position: int) -> NDArray[np.float32]:
+    def hidden(self, cache: Cache, position: int) -> NDArray[np.float32]:
         return read(cache.states, position)
 
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def bound(self, limit: int, *, reuse: bool = True) -> None:
+        """Let keys and values take at most `limit` bytes, and, with `reuse`, keep the beginnings of prompts.
+
+        Raises:
+            ValueError: when not even one page fits.
+        """
+        self._limit, self._reuse = limit, reuse
+        if self._memory.page_bytes:
+            self._set_pages(limit)
+
+    @property
+    def limit(self) -> int:
+        return super().limit if self._limit is None else self._limit
+
+    def left(self) -> int:
+        return super().left() if self._book.most is None else self._book.left() * self._memory.page_bytes
+
+    def need(self, cache: Cache, tokens: int) -> int:
+        return self._book.need(cache.table, tokens) * self._memory.page_bytes
+
+    def adopt(self, cache: Cache, ids: Sequence[int]) -> int:
+        return self._book.adopt(cache.table, ids)
+
+    def remember(self, cache: Cache, ids: Sequence[int]) -> None:
+        self._book.remember(cache.table, ids)
+
+    def trim(self) -> None:
+        if self._memory.capacity > 2 * self._book.used + _SPARE:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Put the pages in use side by side: they are read without a copy then, and the rest of the memory is free."""
+        kept = self._book.compact()
+        self._memory.resize(len(kept) + len(kept) // 2, kept)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of keys and values in all layers; 0 before the first pass."""
+        return self._memory.page_bytes
+
+    @property
+    def held_pages(self) -> int:
+        """Pages that have an owner."""
+        return self._book.used
+
+    @property
+    def remembered_pages(self) -> int:
+        """Of these, those kept for prompts that begin alike."""
+        return self._book.known
+
+    # --- the pass ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        if self._book.sparse:
+            self._compact()
+        ids: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        growths = []
+        for row in rows:
+            start, table = len(ids), row.cache.table
+            growths.append(self._book.grow(table, len(row.ids)))
+            ids.extend(row.ids)
+            total = table.length + len(row.ids)
+            positions.extend(range(table.length, total))
+            spans.append(Span(start, len(ids), table, total))
+        self._memory.prepare(growths, self._book.size, self._book.most)
+        run = Pass(self._memory, spans, self._device)
+        last = None
+        if len(spans) < len(ids):
+            last = torch.tensor([span.end - 1 for span in spans], device=self._device)
+        wanted = {block for row in rows if row.layers for block in self._taps.blocks(row.layers)}
+        given = torch.tensor([ids, positions], device=self._device)
+        if self._lean is not None:
+            longest = max(span.total for span in spans)
+            logits, seen = self._lean.run(given[0], given[1], longest, last, run, wanted)
+        else:
+            logits, seen = self._stock(given, last, run, wanted)
+        self.calls += run.calls
+        self.passes += 1
+        for span in spans:
+            span.table.length = span.total
+        if wanted:
+            self._taps.keep(
+                [
+                    Tapped(row.cache.states, row.layers, span.start, span.end, span.total)
+                    for row, span in zip(rows, spans, strict=True)
+                ],
+                seen,
+            )
+        if self._book.most is None and self._limit is not None:
+            self._set_pages(self._limit)
+        found: NDArray[np.float32] = logits.float().cpu().numpy()
+        return found
+
+    def _stock(
+        self, given: Tensor, last: Tensor | None, run: Pass, wanted: set[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        _pass.current = run
+        try:
+            with self._taps.watch(wanted) as seen:
+                logits = self._model(
+                    input_ids=given[:1],
+                    position_ids=given[1:],
+                    use_cache=False,
+                    logits_to_keep=0 if last is None else last,
+                ).logits[0]
+        finally:
+            _pass.current = None
+        return logits, seen
+
+    def _set_pages(self, limit: int) -> None:
+        """Turn the bound into pages: what a page takes is known once a pass has been."""
+        most = limit // self._memory.page_bytes
+        if most < 1:
+            raise ValueError(
+                f"a limit of {limit:,} bytes for keys and values holds not one page of {PAGE} tokens, which takes "
+                f"{self._memory.page_bytes:,} bytes with this model; raise the limit"
+            )
+        self._book.most = most
+        self._book.remembered = int(most * _REMEMBERED) if self._reuse else 0
+
     def close(self) -> None:
-        self._model = None
+        self._model = self._lean = None
+        self._memory = Memory(0, self._device)
         self._taps.close()

@@ -46,7 +46,8 @@ class Sample:
     """Sample one token at the tip of `branch` and append it. Result: `sampling.Token`.
 
     It must be the last op on its branch within a step. `forbid` are ids that may not be drawn, `watch` ids whose
-    log-probability is wanted, `entropy` asks for that of the whole distribution.
+    log-probability is wanted, `entropy` asks for that of the whole distribution. `allow` is a grammar's mask: one bit
+    per id, the lowest first, set for those that may be drawn; ids past its end may not. None allows all.
     """
 
     branch: int
@@ -54,15 +55,21 @@ class Sample:
     forbid: frozenset[int] = frozenset()
     watch: tuple[int, ...] = ()
     entropy: bool = False
+    allow: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Start `child` as a copy of the first `length` tokens of `parent`, which stays as it is."""
+    """Start `child` as a copy of the first `length` tokens of `parent`, which stays as it is.
+
+    A `twin` draws with its parent's randomness: what it samples is what the parent would, had it been rewound to
+    `length` and gone on as the child does. Any other child has randomness of its own.
+    """
 
     parent: int
     child: int
     length: int
+    twin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +123,12 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """Thinking is over (also where there was none): `reason` is the exit reason, the answer follows."""
+    """Thinking is over (also where there was none), and the answer follows. The values are those of the exit record."""
 
-    reason: str
     exited: bool
+    reason: str
+    score: float | None
+    thinking_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +139,24 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Called:
+    """A piece of a tool call: its name first, then its arguments, as JSON text that adds up.
+
+    `index` counts the calls of the answer. A call that the token cap broke off ends in text that no JSON can hold.
+    """
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The end of a request: why thinking ended and what everything cost, in tokens.
 
     `exited`, `reason`, `score` and the five counts are those of the exit record. `prompt_tokens` is the length of the
-    prompt, `finish_reason` is "stop" or "length", `seed` the one that was used, `would_exit` the first check at which
-    a shadowed policy would have left.
+    prompt, `finish_reason` is "stop", "tool_calls" or "length", `seed` the one that was used, `would_exit` the first
+    check at which a shadowed policy would have left.
     """
 
     trace: Trace
@@ -153,7 +174,7 @@ class Done:
     would_exit: int | None = None
 
 
-Event = Thought | Checked | Closed | Answer | Done
+Event = Thought | Checked | Closed | Answer | Called | Done
 
 
 # --- the two sides ------------------------------------------------------------------------------------------------
@@ -201,8 +222,8 @@ class Engine(Protocol):
     """Runs many programs at once.
 
     `tokenizer` is a Hugging Face tokenizer with a chat template; `context_length` the most tokens one branch can hold
-    (None: no limit); `name` what the exit record says of the engine; `config_hints` names that identify the model
-    family.
+    (None: no limit); `name` what the exit record says of the engine; `family_hints` names that identify the model
+    family. One that also has `identity` ("weights": a digest, "dtype") lets artifacts be bound to its weights.
     """
 
     name: str

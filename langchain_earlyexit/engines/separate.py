@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from langchain_earlyexit.engines.scheduler import Row
-from langchain_earlyexit.engines.taps import States, Taps, forget, read
+from langchain_earlyexit.engines.model import Model, Row
+from langchain_earlyexit.engines.taps import States, Tapped, Taps, forget, read
 
 
 class _Branch:
@@ -39,8 +40,8 @@ class _Branch:
         self.cache = None
 
 
-class SeparateModel:
-    """A `scheduler.Model` that packs nothing: for models whose layers keep a state that rows cannot share.
+class SeparateModel(Model):
+    """A model that packs nothing: for models whose layers keep a state that rows cannot share.
 
     Args:
         model: the causal LM, in eval mode.
@@ -54,12 +55,17 @@ class SeparateModel:
         self._cache_name = "past_key_values"
         self._device = model.device
         self._taps = Taps(model)
+        self._branches: weakref.WeakSet[_Branch] = weakref.WeakSet()
+        self._limit: int | None = None
+        self._token_bytes = 0
 
     def new(self) -> _Branch:
-        return _Branch()
+        branch = _Branch()
+        self._branches.add(branch)
+        return branch
 
     def fork(self, cache: _Branch, length: int) -> _Branch:
-        child = _Branch()
+        child = self.new()
         child.ids, child.states = cache.ids[:], dict(cache.states)
         child.cache = copy.deepcopy(cache.cache)  # exact for every kind of cache
         child.cut(length)
@@ -69,8 +75,16 @@ class SeparateModel:
         cache.cut(length)
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
-        return [self._go_on(row) for row in rows]
+    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        before = [len(row.cache.ids) for row in rows]
+        try:
+            return np.stack([self._go_on(row) for row in rows])
+        except BaseException:
+            for row, length in zip(rows, before, strict=True):
+                # A cache that a pass has broken off in is of no use: it is built anew from the ids.
+                row.cache.cache = None
+                row.cache.cut(length)
+            raise
 
     def _go_on(self, row: Row) -> NDArray[np.float32]:
         if self._one_by_one and row.cache.cache is not None:
@@ -82,7 +96,7 @@ class SeparateModel:
     def _forward(self, row: Row) -> NDArray[np.float32]:
         branch: _Branch = row.cache
         ids = [*branch.ids, *row.ids] if branch.cache is None else list(row.ids)
-        with self._taps.watch(row.layers) as seen:
+        with self._taps.watch(set(self._taps.blocks(row.layers))) as seen:
             out = self._model(
                 input_ids=torch.tensor([ids], device=self._device),
                 use_cache=True,
@@ -93,9 +107,27 @@ class SeparateModel:
             self._cache_name = "cache_params"
         branch.cache = out[self._cache_name]
         branch.ids.extend(row.ids)
-        self._taps.keep(branch.states, row.layers, seen, 0, len(ids), len(branch.ids))
+        self._taps.keep([Tapped(branch.states, row.layers, 0, len(ids), len(branch.ids))], seen)
+        if not self._token_bytes:
+            self._token_bytes = max(1, _bytes_of(branch.cache) // len(branch.ids))
         logits: NDArray[np.float32] = out.logits[0, -1].float().cpu().numpy()
         return logits
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def bound(self, limit: int) -> None:
+        """Let all caches together take at most `limit` bytes, at what a token took in the first one."""
+        self._limit = limit
+
+    @property
+    def limit(self) -> int:
+        return super().limit if self._limit is None else self._limit
+
+    def left(self) -> int:
+        return self.limit - self._token_bytes * sum(len(branch.ids) for branch in list(self._branches))
+
+    def need(self, cache: _Branch, tokens: int) -> int:
+        return self._token_bytes * tokens
 
     def hidden(self, cache: _Branch, position: int) -> NDArray[np.float32]:
         return read(cache.states, position)
@@ -103,3 +135,22 @@ class SeparateModel:
     def close(self) -> None:
         self._model = None
         self._taps.close()
+
+
+def _bytes_of(cache: Any) -> int:
+    """Bytes of all tensors that a cache holds, however it names them."""
+    total, pending, seen = 0, [cache], set[int]()
+    while pending:
+        held = pending.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, torch.Tensor):
+            total += held.numel() * held.element_size()
+        elif isinstance(held, dict):
+            pending.extend(held.values())
+        elif isinstance(held, list | tuple):
+            pending.extend(held)
+        elif hasattr(held, "__dict__"):
+            pending.extend(vars(held).values())
+    return total

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-KEPT = 64
-"""Positions per branch whose states are kept: a check reads its cue, which lies a few tokens back."""
+from langchain_earlyexit.engines.model import KEPT
 
-States = dict[int, NDArray[np.float32]]
-"""Token index -> float32 array [layers, width]."""
+States = dict[int, tuple[tuple[NDArray[np.float32], ...], int]]
+"""Token index -> what the wanted layers put out in a pass, each [tokens, width], and the token's place in it: most
+states are never read, so none is made up before somebody does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """A row of a pass: tokens `start` to `end` of it, up to token `length` of its branch; read at `depths`."""
+
+    states: States
+    depths: tuple[float, ...]
+    start: int
+    end: int
+    length: int
 
 
 class Taps:
@@ -25,6 +37,7 @@ class Taps:
         self.layers = int(model.config.get_text_config().num_hidden_layers)
         found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.layers]
         self._blocks: Sequence[nn.Module] = list(found[0]) if found else ()
+        self._known: dict[tuple[float, ...], tuple[int, ...]] = {}
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -37,7 +50,7 @@ class Taps:
         return min(self.layers - 1, max(0, round(depth * self.layers) - 1))
 
     @contextmanager
-    def watch(self, depths: Iterable[float]) -> Iterator[dict[int, Tensor]]:
+    def watch(self, blocks: Iterable[int]) -> Iterator[dict[int, Tensor]]:
         """While open, every forward pass leaves the output [1, N, width] of the wanted blocks in the dict."""
         seen: dict[int, Tensor] = {}
 
@@ -47,32 +60,50 @@ class Taps:
 
             return keep
 
-        handles = [self._blocks[i].register_forward_hook(hook(i)) for i in {self.block(depth) for depth in depths}]
+        handles = [self._blocks[i].register_forward_hook(hook(i)) for i in blocks]
         try:
             yield seen
         finally:
             for handle in handles:
                 handle.remove()
 
-    def keep(
-        self, states: States, depths: Sequence[float], seen: dict[int, Tensor], start: int, end: int, length: int
-    ) -> None:
-        """Add the states of a row: `start` to `end` of the pass, and up to token `length` of its branch.
+    def blocks(self, depths: tuple[float, ...]) -> tuple[int, ...]:
+        """`block` of each."""
+        found = self._known.get(depths)
+        if found is None:
+            found = self._known[depths] = tuple(self.block(depth) for depth in depths)
+        return found
 
-        `states` then holds at most the last `KEPT` positions.
-        """
-        if not depths:
+    def keep(self, rows: Sequence[Tapped], seen: Mapping[int, Tensor]) -> None:
+        """Add the states that a pass has brought to those of its rows, which then hold their last `KEPT` positions."""
+        rows = [row for row in rows if row.depths]
+        if not rows:
             return
-        first = max(start, end - KEPT)
-        taken = torch.stack([seen[self.block(depth)][0, first:end] for depth in depths]).float().cpu().numpy()
-        for back in range(1, taken.shape[1] + 1):
-            states[length - back] = taken[:, -back]
-        forget(states, below=length - KEPT)
+        starts = [max(row.start, row.end - KEPT) for row in rows]
+        wanted = [i for row, start in zip(rows, starts, strict=True) for i in range(start, row.end)]
+        size = next(iter(seen.values())).shape[1]
+        # One copy per layer for all rows. Where a pass is no more than what is kept, it is taken as it is.
+        index = None if len(wanted) == size else torch.tensor(wanted, device=next(iter(seen.values())).device)
+        taken = {
+            block: (out[0] if index is None else out[0, index]).float().cpu().numpy() for block, out in seen.items()
+        }
+        at = 0
+        for row, start in zip(rows, starts, strict=True):
+            outputs = tuple(taken[block] for block in self.blocks(row.depths))
+            new = row.end - start
+            for position in range(row.length - new, row.length):
+                row.states[position] = (outputs, at)
+                at += 1
+            if new == 1:
+                row.states.pop(row.length - 1 - KEPT, None)
+            else:
+                for position in [p for p in row.states if p < row.length - KEPT]:
+                    del row.states[position]
 
 
-def forget(states: States, *, below: int = 0, from_: int | None = None) -> None:
-    """Drop the states of positions below `below`, and from `from_` on."""
-    for position in [p for p in states if p < below or (from_ is not None and p >= from_)]:
+def forget(states: States, *, from_: int) -> None:
+    """Drop the states of positions from `from_` on."""
+    for position in [p for p in states if p >= from_]:
         del states[position]
 
 
@@ -87,4 +118,5 @@ def read(states: States, position: int) -> NDArray[np.float32]:
             f"no hidden state is kept for token {position}: the branch was opened without layers, or more than {KEPT} "
             "tokens have come since"
         )
-    return states[position]
+    outputs, place = states[position]
+    return np.stack([output[place] for output in outputs])

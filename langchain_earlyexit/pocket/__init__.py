@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-__all__ = ["weights_dir"]
+__all__ = ["CONTEXT_LENGTH", "weights_dir"]
+
+CONTEXT_LENGTH = 2048
+"""Tokens that its context holds, prompt and reply together: known without reading its files."""
 
 
 def weights_dir() -> Path:

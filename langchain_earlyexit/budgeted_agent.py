@@ -1,0 +1,90 @@
+"""An agent with tools whose steps think within a budget: langchain's `create_agent` with the middleware in place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.language_models import BaseChatModel
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.types import Checkpointer
+
+if TYPE_CHECKING:
+    from langchain.agents.middleware.types import AgentMiddleware
+
+    from langchain_earlyexit.middleware import ExitBehavior, Unsupported
+
+
+def create_budgeted_agent(
+    model: str | BaseChatModel,
+    tools: Sequence[Any] = (),
+    *,
+    budget: int | None = None,
+    thread_budget: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    most: int | Mapping[str, int] | None = None,
+    confidence: float | Mapping[str, float] | None = None,
+    epsilon: float | None = None,
+    irreversible: Collection[str] = (),
+    exit_behavior: ExitBehavior = "answer",
+    unsupported_model_behavior: Unsupported = "warn",
+    middleware: Sequence[AgentMiddleware[Any, Any, Any]] = (),
+    checkpointer: Checkpointer = None,
+    name: str = "budgeted_agent",
+    **rest: Any,
+) -> CompiledStateGraph[Any, Any, Any, Any]:
+    """`create_agent` with a `ReasoningBudgetMiddleware`, whose arguments it takes.
+
+    Unlike the bare middleware's, its `ledger` is part of input and output, and its state may bring a `budget` and a
+    `risk`, which stand over the arguments: as a node of a graph over `ReasoningState` the agent spends the graph's
+    own budget.
+
+    Args:
+        model: a chat model, or a name as `create_agent` takes it.
+        tools: as `create_agent` takes them.
+        budget: thinking tokens of one run.
+        thread_budget: of all the runs of a thread.
+        weights: shares of the budget by kind of step.
+        most: cap of any one step, or by kind.
+        confidence: 1 - epsilon of any one step, or by kind.
+        epsilon: risk of one run.
+        irreversible: tools whose calls cannot be undone.
+        exit_behavior: "answer", "end" or "error", when a budget is spent.
+        unsupported_model_behavior: "ignore", "warn" or "raise".
+        middleware: of your own; the budget's comes after it.
+        checkpointer: as for `create_agent`.
+        name: of the graph.
+        **rest: other arguments of `create_agent`, such as `system_prompt` or `response_format`.
+
+    Raises:
+        ImportError: langchain is not installed.
+        ValueError: as `ReasoningBudgetMiddleware`; a confidence and a model that has no calibration for it.
+    """
+    # Graphs of nodes do without langchain: it is an extra, and the first of these says so where it is missing.
+    from langchain_earlyexit.middleware import BudgetedAgentState, ReasoningBudgetMiddleware
+
+    # isort: split
+    from langchain.agents import create_agent
+
+    budgeting = ReasoningBudgetMiddleware(
+        budget=budget,
+        thread_budget=thread_budget,
+        weights=weights,
+        most=most,
+        confidence=confidence,
+        epsilon=epsilon,
+        irreversible=irreversible,
+        exit_behavior=exit_behavior,
+        unsupported_model_behavior=unsupported_model_behavior,
+    )
+    if not isinstance(model, str):
+        budgeting.check(model)
+    return create_agent(
+        model,
+        list(tools),
+        middleware=[*middleware, budgeting],
+        state_schema=BudgetedAgentState,
+        checkpointer=checkpointer,
+        name=name,
+        **rest,
+    )

@@ -1,0 +1,186 @@
+"""The forward pass of Llama-shaped decoders as plain tensor operations on the stock model's own weights.
+
+Half the time of a small model's pass goes into module calls, projections that could be one, and rotary angles that
+are computed again and again. Here query, key and value are one matrix, gate and up are one, and the angles a table.
+The stock model keeps working: its parameters become views of the joined matrices, so nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from langchain_earlyexit.engines.attention import Pass
+
+_KINDS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+_FIRST_ANGLES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    windowed: Any  # whose `sliding_window` holds, which may be changed; None for a layer that never has one
+    first_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None  # [heads + kv heads, size]
+    out: Tensor
+    out_bias: Tensor | None
+    second_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+    @property
+    def window(self) -> int | None:
+        return None if self.windowed is None else self.windowed.sliding_window
+
+
+class Lean:
+    """A Llama-shaped causal LM without its modules. Made by `Lean.of`."""
+
+    def __init__(self, model: Any) -> None:
+        body = model.model
+        config = model.config
+        self._heads = int(config.num_attention_heads)
+        self._kv = int(config.num_key_value_heads)
+        self._size = int(body.layers[0].self_attn.head_dim)
+        self._scale = float(body.layers[0].self_attn.scaling)
+        self._eps = torch.tensor(float(config.rms_norm_eps), device=model.device)
+        # Mistral has one window for all layers, in its configuration.
+        everywhere = config if type(model).__name__ == "MistralForCausalLM" else None
+        self._layers = [_layer(layer, everywhere) for layer in body.layers]
+        self._embedding = body.embed_tokens.weight
+        self._norm = body.norm.weight
+        self._head = model.lm_head.weight
+        self._head_bias = model.lm_head.bias
+        self._rotary = body.rotary_emb
+        self._angles: Tensor = self._embedding.new_empty(0)
+
+    @classmethod
+    def of(cls, model: Any) -> Lean | None:
+        """The lean form of `model`, or None where it is not plainly of this shape."""
+        if type(model).__name__ not in _KINDS or not type(model).__module__.startswith("transformers.models."):
+            return None
+        if getattr(model.config, "hidden_act", None) != "silu":
+            return None
+        parameters = list(model.parameters())
+        if len({(p.device, p.dtype) for p in parameters}) != 1 or parameters[0].device.type == "meta":
+            return None
+        for module in model.modules():
+            hooks = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+            patched = "forward" in vars(module)
+            adapted = isinstance(module, nn.Linear | nn.Embedding) and type(module) not in {nn.Linear, nn.Embedding}
+            if hooks or patched or adapted:
+                return None
+        projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+        for layer in model.model.layers:
+            parts = [getattr(layer.self_attn, name, None) for name in projections]
+            parts += [getattr(layer.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+            if any(type(part) is not nn.Linear for part in parts) or type(model.lm_head) is not nn.Linear:
+                return None
+        return cls(model)
+
+    def run(
+        self, ids: Tensor, positions: Tensor, longest: int, last: Tensor | None, run: Pass, wanted: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """One pass.
+
+        Args:
+            ids: token ids [N].
+            positions: their positions [N].
+            longest: above all positions.
+            last: indices of the tokens whose logits are wanted; None for all.
+            run: the attention of the pass.
+            wanted: layers whose output is wanted.
+
+        Returns:
+            Logits [last, vocabulary], and the wanted outputs [1, N, width].
+        """
+        x = functional.embedding(ids, self._embedding)
+        angles = self._angles_of(positions, longest)
+        cos, sin = angles[:, :1], angles[:, 1:]
+        count, heads, both, size = len(ids), self._heads, self._heads + self._kv, self._size
+        seen = {}
+        for index, layer in enumerate(self._layers):
+            qkv = functional.linear(self._normed(x, layer.first_norm), layer.qkv, layer.qkv_bias)
+            qkv = qkv.view(count, both + self._kv, size)
+            qk = qkv[:, :both]
+            if layer.qk_norm is not None:
+                qk = self._normed(qk, layer.qk_norm)
+            qk = torch.addcmul(qk * cos, qk.roll(size // 2, -1), sin)
+            found = run.attend(index, qk[:, :heads], qk[:, heads:], qkv[:, both:], self._scale, layer.window)
+            x = x + functional.linear(found.reshape(count, -1), layer.out, layer.out_bias)
+            gate_up = functional.linear(self._normed(x, layer.second_norm), layer.gate_up, layer.gate_up_bias)
+            gate, up = gate_up.chunk(2, dim=-1)
+            x = x + functional.linear(functional.silu(gate) * up, layer.down, layer.down_bias)
+            if index in wanted:
+                seen[index] = x.unsqueeze(0)
+        if last is not None:
+            x = x[last]
+        return functional.linear(self._normed(x, self._norm), self._head, self._head_bias), seen
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Root mean square normalisation over the last axis, in float32 as the stock models do it."""
+        wide = x if x.dtype == torch.float32 else x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scaled = wide * torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        normed: Tensor = (scaled if wide is x else scaled.to(x.dtype)) * weight
+        return normed
+
+    def _angles_of(self, positions: Tensor, longest: int) -> Tensor:
+        """Cosine, and sine with the sign of each half, per position: [N, 2, size]."""
+        if longest > len(self._angles):
+            length = max(_FIRST_ANGLES, 1 << (longest - 1).bit_length())
+            every = torch.arange(length, device=positions.device).unsqueeze(0)
+            cos, sin = self._rotary(self._embedding, every)
+            half = self._size // 2
+            sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+            self._angles = torch.stack((cos[0], sin), dim=1)
+        return self._angles[positions]
+
+
+def _layer(layer: Any, windowed: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, gate_up_bias = _joined(mlp.gate_proj, mlp.up_proj)
+    norm = None
+    if hasattr(attention, "q_norm"):
+        heads, kv = (
+            projection.out_features // attention.head_dim for projection in (attention.q_proj, attention.k_proj)
+        )
+        norm = torch.cat((attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv, -1)))
+    return _Layer(
+        attention if hasattr(attention, "sliding_window") else windowed,
+        layer.input_layernorm.weight,
+        qkv,
+        qkv_bias,
+        norm,
+        attention.o_proj.weight,
+        attention.o_proj.bias,
+        layer.post_attention_layernorm.weight,
+        gate_up,
+        gate_up_bias,
+        mlp.down_proj.weight,
+        mlp.down_proj.bias,
+    )
+
+
+def _joined(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """One matrix for several projections of the same input, whose own weights become views of it."""
+    with torch.no_grad():
+        weight = torch.cat([part.weight for part in parts])
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        start = 0
+        for part in parts:
+            end = start + part.out_features
+            part.weight.data = weight[start:end]
+            if bias is not None:
+                part.bias.data = bias[start:end]
+            start = end
+    return weight, bias

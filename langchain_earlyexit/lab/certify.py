@@ -1,0 +1,126 @@
+"""From the files of a collection to the artifact of a calibration, and what it says in words."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+
+from langchain_earlyexit.answers import FORMS
+from langchain_earlyexit.cues import CueSpec
+from langchain_earlyexit.fingerprint import refuse_mismatch
+from langchain_earlyexit.guarantee import Calibration
+from langchain_earlyexit.lab.calibrate import LEVELS, Same, calibrate, servable
+from langchain_earlyexit.lab.collect import read_meta, read_traces
+from langchain_earlyexit.lab.learn_then_test import questions_needed
+from langchain_earlyexit.lab.paths import path_of
+from langchain_earlyexit.policies import Policy, wanted_kinds
+from langchain_earlyexit.trace import Trace
+
+
+def certify(
+    out: str | os.PathLike[str],
+    policy: Policy,
+    epsilon: float | Sequence[float] | None = None,
+    delta: float = 0.1,
+    *,
+    loss: str = "answer_changed",
+    again: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Calibrate `policy` on a collection.
+
+    The questions must be like those to come, and must not be those that a probe was trained on or a setting was tuned
+    on: on them any policy looks better than it is.
+
+    Args:
+        out: the file of traces, see `collect`.
+        policy: any setting of the path to try, see `path_of`.
+        epsilon: level or levels to serve; those of `LEVELS` that so many questions can certify, when None.
+        delta: chance that some level does not hold, all of them together.
+        loss: one of `guarantee.LOSSES`. "lost_correct" is judged by `lab.grade`.
+        again: another collection of the same questions, made in the same way with another seed: it tells how often
+            full thinking changes its own answer.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError: no such collection.
+        ValueError: too few questions, or a collection made for checks of other kinds than the policy looks at live.
+    """
+    meta, traces = read_meta(out), read_traces(out)
+    _refuse_other_kinds(policy, meta["kinds"], CueSpec(**json.loads(meta["binds"]["cues"])), out)
+    second: list[Trace] = []
+    if again is not None:
+        try:
+            refuse_mismatch(f"the collection {os.fspath(again)}", read_meta(again)["binds"], meta["binds"])
+        except ValueError as error:
+            raise ValueError(f"{error}. Collect the second time with the same settings, the seed aside") from None
+        second = read_traces(again)
+    if epsilon is None:
+        epsilon = servable(len(traces), delta)
+        if not epsilon:
+            raise ValueError(
+                f"{len(traces)} questions are too few to certify any of {', '.join(map(str, LEVELS))}: it takes at "
+                f"least {questions_needed(max(LEVELS), delta)}"
+            )
+    form = FORMS[meta["form"]]
+    return calibrate(
+        traces,
+        path_of(policy),
+        epsilon,
+        delta,
+        meta["binds"],
+        loss=loss,
+        same=form.same if loss == "answer_changed" else _graded(traces, meta["form"]),
+        again=second,
+        progress=progress,
+    )
+
+
+def summary(found: Calibration) -> str:
+    """A calibration in words and a table."""
+    n = found.questions
+    what = "changed" if found.loss == "answer_changed" else "lost a right answer"
+    lines = [
+        f"{n} questions, {len(found.path)} settings; with probability {1 - found.delta:g} all of this holds together:",
+        "",
+        f"| confidence | {what}, at most | policy | left early | {what} | of those left early, at most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for level in found.levels:
+        setting = level.setting
+        lines.append(
+            f"| {1 - level.epsilon:g} | {level.epsilon:.1%} | {level.policy!r} | {setting.exits / n:.1%} | "
+            f"{setting.losses / n:.1%} | {level.bound_when_left:.1%} |"
+        )
+    if found.full_again is not None:
+        asked, other = found.full_again
+        share = f"{other} of {asked} ({other / asked:.1%})"
+        lines += ["", f"Full thinking with another seed gave another answer to {share}."]
+    return "\n".join(lines)
+
+
+def _refuse_other_kinds(policy: Policy, collected: Sequence[str], cues: CueSpec, out: str | os.PathLike[str]) -> None:
+    """Checks of one kind move those of another (they keep a distance), so the kinds must be the very same."""
+    live = wanted_kinds(policy, cues.primary, cues.offered)
+    if live != set(collected):
+        raise ValueError(
+            f"{os.fspath(out)!r} was collected at checks of kind {', '.join(sorted(collected))}, but on this model "
+            f"{policy!r} looks at {', '.join(sorted(live)) or 'none'}; collect with those kinds"
+        )
+
+
+def _graded(traces: Sequence[Trace], form: str) -> Same:
+    """Whether an answer is the gold one, for all answers of these traces, graded together."""
+    from langchain_earlyexit.lab.grade import grade_all
+
+    said = {
+        (answer, trace.gold)
+        for trace in traces
+        if trace.gold is not None
+        for answer in (trace.answer, *(check.exit_answer for check in trace.checks))
+        if answer is not None
+    }
+    pairs = sorted(said)
+    verdicts = dict(zip(pairs, grade_all(pairs, form), strict=True))
+    return lambda answer, gold: verdicts[answer, gold]

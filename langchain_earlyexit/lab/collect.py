@@ -1,0 +1,402 @@
+"""From questions to traces: each thought to the end, measured and answered at every check, a line of JSON each.
+
+What is written is enough to try any policy and any threshold without a model, to train a probe, and to calibrate. A
+collection is resumable: lines are appended as questions are done, and a second run goes on with the rest. It is three
+things side by side: `x.jsonl` (a `Trace` per line), `x.meta.json` (how it was made) and, where hidden states were
+asked for, `x.features/` (safetensors with question ids).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from langchain_earlyexit.binding import Binding
+from langchain_earlyexit.chat_models import ChatEarlyExit
+from langchain_earlyexit.controller import Request
+from langchain_earlyexit.engines.program import Stream
+from langchain_earlyexit.fingerprint import digest, refuse_mismatch
+from langchain_earlyexit.lab.exits import Collected, answering_everywhere, watching
+from langchain_earlyexit.policies import Never
+from langchain_earlyexit.settings import Settings
+from langchain_earlyexit.signals import MEASURED
+from langchain_earlyexit.trace import Trace
+
+AT_ONCE: Final = 64
+"""Questions in flight: as many as the local engine runs at once. What comes out does not depend on it."""
+
+DEPTHS: Final = (0.25, 0.5, 0.75, 1.0)
+"""Layers whose states are kept where the model's family has no published choice."""
+
+_FORMAT: Final = 1
+_FLUSH_QUESTIONS: Final = 64
+_FLUSH_SECONDS: Final = 20.0
+
+States = NDArray[np.float32]
+"""Of one question: [checks, positions, layers, width]."""
+
+
+class Asked(Protocol):
+    """A question with an id that stays the same from run to run, and its answer where it is known."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def answer(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run of `collect` did: questions done now, done before, and refused, with the reason by id."""
+
+    done: int
+    before: int
+    refused: Mapping[str, str]
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    llm: ChatEarlyExit,
+    questions: Sequence[Asked],
+    out: str | os.PathLike[str],
+    *,
+    kinds: Collection[str] | None = None,
+    depths: Sequence[float] | None = None,
+    system: str | None = None,
+    seed: int = 0,
+    at_once: int = AT_ONCE,
+    progress: bool = True,
+    **settings: Any,
+) -> Summary:
+    """Think every question to the end, and answer it from each of its checks as well; append the traces to `out`.
+
+    The trace replays exactly as the model runs: a policy that leaves at a check gets its `exit_answer`, with the
+    trace's seed. That holds for policies that look at `kinds` and no others, so collect once for those that look at
+    cue words, and into another file for those that look at sentences.
+
+    Args:
+        llm: the model. Its own exit policy is not used; its probe, where it has one, measures `p_safe`.
+        questions: each with an id of its own.
+        out: the file of traces, ending in ".jsonl". Questions whose id is in it already are not asked again.
+        kinds: kinds of checks; the model's own decision points when None.
+        depths: layers whose hidden states are kept, as shares of their number; those published for the model's
+            family, else `DEPTHS`, when None; none when empty.
+        system: a system prompt for all questions.
+        seed: question i is sampled with a seed made of this one and its id.
+        at_once: questions in flight.
+        progress: show a bar with the time left.
+        **settings: as a call of `llm` takes them, such as temperature or thinking_budget.
+
+    Raises:
+        ValueError: a file that was collected with other settings, naming what differs; two questions with one id; a
+            model that does not think.
+    """
+    path = _traces_path(out)
+    _one_id_each(questions)
+    bound = llm.load()
+    chosen = llm.call_settings(**settings)
+    plan = _Plan(
+        bound,
+        replace(chosen, exit_policy=Never(), shadow=False),
+        frozenset(kinds) if kinds is not None else bound.cues.primary,
+        tuple(depths if depths is not None else bound.family.probe_layers or DEPTHS),
+        system,
+        seed,
+        llm.timeout,
+    )
+    known = {trace.question_id for trace in _mended(path)}
+    left = [question for question in questions if question.id not in known]
+    refused: dict[str, str] = {}
+    if left:
+        _write_meta(path, plan.meta(llm.model, left[0]), known=bool(known))
+        with (
+            _Writer(path) as writer,
+            tqdm(total=len(questions), initial=len(questions) - len(left), unit="q", disable=not progress) as bar,
+            closing(plan.run(left, at_once)) as runs,
+        ):
+            for question, found in runs:
+                if isinstance(found, ValueError):
+                    refused[question.id] = str(found)
+                    bar.write(f"{question.id} is left out: {found}")
+                else:
+                    writer.add(_told(found.done.trace, question), found.states)
+                bar.update()
+    return Summary(len(left) - len(refused), len(questions) - len(left), refused)
+
+
+def seed_of(seed: int, question_id: str) -> int:
+    """The seed a question is sampled with: it depends on nothing else, so questions may come in any order."""
+    return int(digest([seed, question_id])[:12], 16)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How every question is asked."""
+
+    bound: Binding
+    settings: Settings
+    kinds: frozenset[str]
+    depths: tuple[float, ...]
+    system: str | None
+    seed: int
+    timeout: float | None
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """All that can be measured on this model."""
+        one_token = self.bound.tags is not None and self.bound.codec.single(self.bound.tags.end) is not None
+        lacking = frozenset() if one_token else frozenset({"end_margin"})
+        return (MEASURED - lacking) | ({"p_safe"} if self.bound.probe is not None else frozenset())
+
+    def messages(self, question: Asked) -> list[BaseMessage]:
+        before = [] if self.system is None else [SystemMessage(self.system)]
+        return [*before, HumanMessage(question.question)]
+
+    def request(self, question: Asked) -> Request:
+        settings = replace(self.settings, seed=seed_of(self.seed, question.id))
+        plain = self.bound.request(self.messages(question), settings)
+        if not plain.thinking:
+            raise ValueError("the model does not think here, so there is nothing to collect")
+        return replace(plain, policy=watching(self.signals, self.kinds))
+
+    def meta(self, model: str, question: Asked) -> dict[str, Any]:
+        """How this collection is made, as JSON data. Whoever goes on with it must make it in the same way."""
+        request = self.request(question)
+        return {
+            "format": _FORMAT,
+            "model": model,
+            "binds": self.bound.call_fingerprint(self.messages(question), self.settings, request),
+            "form": request.form.name,
+            "kinds": sorted(self.kinds),
+            "signals": sorted(self.signals),
+            "depths": list(self.depths),
+            "seed": self.seed,
+            "closing": {"full": len(request.closing), "bare": len(request.bare_closing)},
+        }
+
+    def run(self, questions: Sequence[Asked], at_once: int) -> Generator[tuple[Asked, Collected | ValueError]]:
+        """Each question with what came of it, in the order in which they are done."""
+        form = self.request(questions[0]).form.name
+        running: set[Stream] = set()
+
+        def one(question: Asked) -> Collected | ValueError:
+            try:
+                request = self.request(question)
+                if request.form.name != form:
+                    raise ValueError(
+                        f"its answer form is {request.form.name}, but that of this collection is {form}: collect one "
+                        "form per file, or give answer_form"
+                    )
+            except ValueError as error:  # this question cannot be asked; the others can
+                return error
+            stream = self.bound.engine.submit(answering_everywhere(request, self.depths), timeout=self.timeout)
+            running.add(stream)
+            try:
+                [found] = stream
+            finally:
+                running.discard(stream)
+            if not isinstance(found, Collected):
+                raise TypeError(f"a collecting program ends with Collected, not {type(found).__name__}")
+            return found
+
+        waiting = iter(questions)
+        with ThreadPoolExecutor(at_once, thread_name_prefix="collect") as threads, _cancelled_at_last(running):
+            asked: dict[Future[Collected | ValueError], Asked] = {}
+            while True:
+                for question in _take(waiting, at_once - len(asked)):
+                    asked[threads.submit(one, question)] = question
+                if not asked:
+                    return
+                for future in wait(asked, return_when=FIRST_COMPLETED).done:
+                    yield asked.pop(future), future.result()
+
+
+@contextmanager
+def _cancelled_at_last(running: set[Stream]) -> Iterator[None]:
+    """Whatever ends the loop, an interrupt say, no stream goes on and no thread waits for it."""
+    try:
+        yield
+    finally:
+        for stream in list(running):
+            stream.cancel()
+
+
+def _take(waiting: Iterator[Asked], count: int) -> list[Asked]:
+    return [question for _, question in zip(range(count), waiting, strict=False)]
+
+
+def _told(trace: Trace, question: Asked) -> Trace:
+    return replace(trace, question_id=question.id, question=question.question, gold=question.answer)
+
+
+def _one_id_each(questions: Sequence[Asked]) -> None:
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise ValueError(f"two questions have the id {question.id!r}; every question needs one of its own")
+        seen.add(question.id)
+
+
+def _write_meta(path: Path, meta: dict[str, Any], *, known: bool) -> None:
+    where = _meta_path(path)
+    if known or where.exists():
+        try:
+            refuse_mismatch(f"the collection {path}", _flat(read_meta(path)), _flat(meta))
+        except ValueError as error:
+            raise ValueError(f"{error}. Go on with the same settings, or collect into another file") from None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _flat(meta: Mapping[str, Any]) -> dict[str, str]:
+    plain = {name: json.dumps(value) for name, value in meta.items() if name not in {"binds", "model"}}
+    return {**plain, **meta["binds"]}
+
+
+@dataclass
+class _Writer:
+    """Appends traces, and their states in shards. A shard is written before the lines it belongs to: after a crash in
+    between, the questions are asked again, and the later shard counts.
+    """
+
+    path: Path
+    _lines: list[str] = field(default_factory=list)
+    _states: dict[str, States] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def add(self, trace: Trace, states: States | None) -> None:
+        self._lines.append(trace.to_json() + "\n")
+        if states is not None and trace.question_id is not None:
+            self._states[trace.question_id] = states
+        if len(self._lines) >= _FLUSH_QUESTIONS or time.monotonic() - self._since >= _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._states:
+            _write_shard(_features_path(self.path), self._states)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(self._lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines, self._states, self._since = [], {}, time.monotonic()
+
+
+def _write_shard(folder: Path, states: Mapping[str, States]) -> None:
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    ids = list(states)
+    tensors = {
+        "states": np.concatenate([states[name] for name in ids]),
+        "checks": np.array([len(states[name]) for name in ids], dtype=np.int64),
+    }
+    whole = folder / f"{len(_shards(folder)):05}.safetensors"
+    part = whole.with_suffix(".part")
+    save_file(tensors, part, metadata={"question_ids": json.dumps(ids, ensure_ascii=False)})
+    os.replace(part, whole)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_traces(out: str | os.PathLike[str]) -> list[Trace]:
+    """The traces of a collection, one per question, in the order in which they were done.
+
+    Raises:
+        FileNotFoundError: no such collection.
+        ValueError: a line that is no trace, naming it.
+    """
+    path = _traces_path(out)
+    traces = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                traces.append(Trace.from_json(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return traces
+
+
+def read_meta(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """How a collection was made: `binds` is the fingerprint of its calls, `form`, `kinds`, `signals`, `depths`, `seed`,
+    and `closing`: the tokens that close the thinking, with and without what induces an answer.
+
+    Raises:
+        FileNotFoundError: the file beside the traces is missing.
+        ValueError: it is of another format.
+    """
+    where = _meta_path(_traces_path(out))
+    meta: dict[str, Any] = json.loads(where.read_text(encoding="utf-8"))
+    if meta.get("format") != _FORMAT:
+        raise ValueError(f"{where} has format {meta.get('format')!r}, but this version reads {_FORMAT}; collect anew")
+    return meta
+
+
+def read_states(out: str | os.PathLike[str]) -> dict[str, States]:
+    """Hidden states by question id, each [checks, positions, layers, width]: `probe.POSITIONS`, and the meta's depths.
+
+    Questions without a check have none.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, States] = {}
+    for shard in _shards(_features_path(_traces_path(out))):
+        with safe_open(shard, framework="numpy") as file:
+            ids: list[str] = json.loads(file.metadata()["question_ids"])
+            parts = np.split(file.get_tensor("states"), np.cumsum(file.get_tensor("checks"))[:-1])
+        found |= dict(zip(ids, parts, strict=True))
+    return found
+
+
+def _mended(path: Path) -> list[Trace]:
+    """The traces that are there already. A last line that a crash cut short is taken away."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return read_traces(path)
+
+
+def _traces_path(out: str | os.PathLike[str]) -> Path:
+    path = Path(out)
+    if path.suffix != ".jsonl":
+        raise ValueError(f"a collection is named by its traces, a file ending in .jsonl; got {os.fspath(out)!r}")
+    return path
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_suffix(".meta.json")
+
+
+def _features_path(path: Path) -> Path:
+    return path.with_suffix(".features")
+
+
+def _shards(folder: Path) -> Sequence[Path]:
+    return sorted(folder.glob("*.safetensors"))

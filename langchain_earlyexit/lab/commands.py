@@ -1,0 +1,361 @@
+"""The lab's subcommands of `earlyexit`, from questions to a report. Each loads what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from langchain_earlyexit.policies import Policy, policy_from_name
+from langchain_earlyexit.policy_json import policy_from_dict
+
+PIPELINE: Final = """\
+From your own questions to a promise and a report:
+
+  collect    think questions to the end; measure every signal at every check, and answer there too
+  train      learn LYNX's probe from a collection (for LYNX alone)
+  calibrate  find the setting that changes at most a share epsilon of the answers, and certify it
+  answer     run one arm live: a fixed budget, no thinking, a policy
+  evaluate   try policies and thresholds by replay, without the model, beside live runs
+  report     Markdown and one HTML file of an evaluation
+  headline   all of it on the bundled model's held-out questions, in one command
+
+Questions that train, choose, certify and report must be different ones. Each command tells more: earlyexit evaluate -h
+"""
+
+
+class Command(NamedTuple):
+    """A subcommand: its name, one line on it, what adds its arguments, what runs it, and more to say below them.
+
+    One that only holds others has no `run` of its own.
+    """
+
+    name: str
+    words: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None] | None
+    more: str | None = None
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def policy(text: str) -> Policy:
+    """A policy by name, "deer", or written as it prints, "DEER(threshold=0.97)".
+
+    Raises:
+        argparse.ArgumentTypeError: neither, naming what is wrong.
+    """
+    try:
+        return (
+            policy_from_name(text) if text.isalpha() else policy_from_dict(_fields(ast.parse(text, mode="eval").body))
+        )
+    except (ValueError, SyntaxError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no policy: {error}") from error
+
+
+def _fields(node: ast.expr) -> dict[str, Any]:
+    """The JSON data of a written policy. Only names, numbers and sets are read; nothing is run."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ValueError("write a name, or a name with fields as in DEER(threshold=0.97)")
+    name = node.func.id
+    if name == "FirstOf":
+        return {"policy": name, "policies": [_fields(member) for member in node.args]}
+    if node.args:
+        raise ValueError(f"name the fields of {name}, as in threshold=0.97")
+    values = {str(field.arg): ast.literal_eval(field.value) for field in node.keywords}
+    return {"policy": name, **{key: sorted(v) if isinstance(v, set) else v for key, v in values.items()}}
+
+
+# --- collect and train --------------------------------------------------------------------------------------------
+
+
+def _collect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="pocket", help="pocket, a hub id, a directory, or one with a .gguf file")
+    parser.add_argument("--data", default="pocket", help="pocket, a data set's name, or a .jsonl file of questions")
+    parser.add_argument("--split", default=None, help="of the data set; its usual one when not given")
+    parser.add_argument("--questions", type=positive, default=None, help="how many; all when not given")
+    parser.add_argument(
+        "--kinds", nargs="+", default=None, help="checks: reflection, paragraph, sentence, interval; the model's own"
+    )
+    parser.add_argument(
+        "--depths", type=float, nargs="*", default=None, help="layers whose states are kept, 0.5 the middle; or none"
+    )
+    parser.add_argument("--probe", default=None, help="directory or hub id: measures p_safe too")
+    parser.add_argument("--budget", type=int, default=None, help="cap on thinking tokens")
+    parser.add_argument("--temperature", type=float, default=None, help="the model's advised one when not given")
+    parser.add_argument("--system", default=None, help="a system prompt for all questions")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of questions and of the sampling")
+    parser.add_argument("--out", type=Path, required=True, help="a .jsonl file; an interrupted run goes on in it")
+
+
+def _collect(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.chat_models import ChatEarlyExit
+    from langchain_earlyexit.lab.collect import collect
+    from langchain_earlyexit.lab.datasets import load
+
+    questions = load(given.data, given.split, given.questions, given.seed)
+    asked = {"thinking_budget": given.budget, "temperature": given.temperature}
+    with ChatEarlyExit(model=given.model, probe=given.probe) as llm:
+        summary = collect(
+            llm,
+            questions,
+            given.out,
+            kinds=given.kinds,
+            depths=given.depths,
+            system=given.system,
+            seed=given.seed,
+            **{name: value for name, value in asked.items() if value is not None},
+        )
+    print(f"{given.out}: {summary.done} questions done, {summary.before} before, {len(summary.refused)} left out")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("traces", type=Path, help="a collection with hidden states, as `earlyexit collect` writes")
+    parser.add_argument(
+        "--label", choices=("full", "gold"), default="full", help="safe: the answer of full thinking, or the gold one"
+    )
+    parser.add_argument("--search", action="store_true", help="try layers, positions and sizes; else the paper's head")
+    parser.add_argument("--kinds", nargs="+", default=None, help="learn from checks of these kinds only")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and of the first weights")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="other collections to judge the probe on")
+    parser.add_argument("--push", default=None, metavar="REPO", help="also upload it to this hub repository")
+    parser.add_argument("--out", type=Path, required=True, help="the probe, a directory")
+
+
+def _train(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.lab.collect import read_meta
+    from langchain_earlyexit.lab.train import assess, search, train
+
+    heads = search(len(read_meta(given.traces)["depths"])) if given.search else None
+    probe, report = train(given.traces, given.label, heads=heads, kinds=given.kinds, seed=given.seed, told=print)
+    probe.save(given.out)
+    print(f"\n{report}\n\n{probe!r} is in {given.out}")
+    for other in given.also:
+        print(f"\n{other}:\n{assess(probe, other, given.label, kinds=given.kinds)}")
+    if given.push is not None:
+        print(probe.push_to_hub(given.push))
+
+
+# --- calibrate ----------------------------------------------------------------------------------------------------
+
+
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("traces", type=Path, help="a collection, as `earlyexit collect` writes")
+    parser.add_argument("--policy", type=policy, required=True, help="deer, or CoDEStop(delta=0.5): its path is tried")
+    parser.add_argument(
+        "--epsilon", type=float, nargs="+", default=None, help="levels to certify; by default all that are possible"
+    )
+    parser.add_argument("--delta", type=float, default=0.1, help="chance that some level does not hold")
+    parser.add_argument("--loss", default="answer_changed", help="answer_changed, or lost_correct (needs gold answers)")
+    parser.add_argument("--again", type=Path, default=None, help="the same questions collected with another --seed")
+    parser.add_argument("--out", type=Path, required=True, help="the artifact, a .json file")
+
+
+def _calibrate(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.lab.certify import certify, summary
+
+    found = certify(given.traces, given.policy, given.epsilon, given.delta, loss=given.loss, again=given.again)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    found.save(given.out)
+    print(summary(found))
+
+
+# --- answer -------------------------------------------------------------------------------------------------------
+
+
+def _answer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="pocket", help="pocket, a hub id, a directory, or one with a .gguf file")
+    parser.add_argument("--data", default="pocket", help="pocket, a data set's name, or a .jsonl file of questions")
+    parser.add_argument("--split", default=None, help="of the data set; its usual one when not given")
+    parser.add_argument("--questions", type=positive, default=None, help="how many; all when not given")
+    parser.add_argument(
+        "--policy", type=policy, default=None, help="deer, or DEER(threshold=0.97); none thinks to the end"
+    )
+    parser.add_argument("--budget", type=int, default=None, help="cap on thinking tokens; 0 for no thinking")
+    parser.add_argument("--draft", action="store_true", help="ask with Chain-of-Draft's prompt")
+    parser.add_argument("--temperature", type=float, default=None, help="the model's advised one when not given")
+    parser.add_argument("--probe", default=None, help="directory or hub id, for LYNX")
+    parser.add_argument("--seed", type=int, default=0, help="the collection's, so that runs pair up")
+    parser.add_argument("--out", type=Path, required=True, help="a .jsonl file; an interrupted run goes on in it")
+
+
+def _answer(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.chat_models import ChatEarlyExit
+    from langchain_earlyexit.lab.datasets import load
+    from langchain_earlyexit.lab.live import answer, arm_of
+
+    questions = load(given.data, given.split, given.questions, given.seed)
+    with ChatEarlyExit(model=given.model, probe=given.probe) as llm:
+        arm = arm_of(given.policy, given.budget, given.draft)
+        asked = {} if given.temperature is None else {"temperature": given.temperature}
+        run = answer(llm, questions, arm, given.out, seed=given.seed, **asked)
+    spent = sum(outcome.output_tokens for outcome in run.outcomes) / len(run.outcomes)
+    print(f"{run.arm}: {len(run.outcomes)} questions, {spent:.1f} output tokens each")
+
+
+# --- evaluate and report ------------------------------------------------------------------------------------------
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("traces", type=Path, help="the collection to report on")
+    parser.add_argument("--dev", type=Path, default=None, help="another collection, on which settings are chosen")
+    parser.add_argument(
+        "--policy", type=policy, nargs="+", default=[], metavar="POLICY", help="deer, CoDEStop(tau=12), ..."
+    )
+    parser.add_argument("--live", type=Path, nargs="+", default=[], help="runs by `earlyexit answer` to put beside")
+    parser.add_argument("--tolerance", type=float, default=0.005, help="accuracy on --dev that a setting may cost")
+    parser.add_argument("--look", choices=("parallel", "wait"), default="parallel", help="as the live model looks")
+    parser.add_argument("--out", type=Path, required=True, help="the evaluation, a .json file for `earlyexit report`")
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.lab.evaluate import chosen_on, evaluate
+    from langchain_earlyexit.lab.live import read_live
+    from langchain_earlyexit.lab.paths import path_of
+    from langchain_earlyexit.lab.replays import Collection, curve
+    from langchain_earlyexit.lab.report import markdown
+
+    test = Collection.read(given.traces, given.look)
+    replayed = {repr(one): one for one in given.policy}
+    if given.dev is not None:
+        dev = Collection.read(given.dev, given.look)
+        dev.refuse_shared(test)
+        replayed |= chosen_on(dev, given.policy, given.tolerance)
+    curves = [curve(test, type(one).__name__, path_of(one), "curve") for one in given.policy]
+    found = evaluate(test, replayed, [read_live(path) for path in given.live], curves)
+    found.save(given.out)
+    print(markdown(found))
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("evaluation", type=Path, help="a .json file of `earlyexit evaluate`")
+    parser.add_argument("--out", type=Path, required=True, help="without an ending: .md, .html and .svg are written")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.lab.report import write
+    from langchain_earlyexit.lab.table import Evaluation
+
+    for path in write(Evaluation.load(given.evaluation), given.out):
+        print(path)
+
+
+# --- headline -----------------------------------------------------------------------------------------------------
+
+
+def _headline_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=positive, default=2000, help="of the test split, to report on")
+    parser.add_argument("--dev", type=positive, default=2000, help="of the dev split, to choose settings on")
+    parser.add_argument("--chains", type=positive, default=5000, help="of the train split, for LYNX's probe")
+    parser.add_argument("--tolerance", type=float, default=0.005, help="accuracy on dev that a setting may cost")
+    parser.add_argument("--budgets", type=positive, nargs="+", default=None, help="fixed caps on thinking to run")
+    parser.add_argument("--search", action="store_true", help="try many heads for the probe, not the paper's alone")
+    parser.add_argument("--model", default="pocket", help="pocket, a hub id or a directory")
+    parser.add_argument(
+        "--draft", action="store_true", help="also Chain-of-Draft's prompt; the bundled model cannot follow it"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/headline"), help="where what is done is kept")
+    parser.add_argument("--out", type=Path, default=Path("docs/headline"), help="without an ending")
+
+
+def _headline(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.lab.headline import BUDGETS, Plan, headline
+    from langchain_earlyexit.lab.report import markdown, write
+
+    names = ("questions", "dev", "chains", "model", "tolerance", "search", "draft", "runs")
+    found = headline(Plan(**{name: getattr(given, name) for name in names}, budgets=tuple(given.budgets or BUDGETS)))
+    found.save(given.out.with_suffix(".json"))
+    print(markdown(found))
+    for path in write(found, given.out):
+        print(path)
+
+
+LAB: Final[tuple[Command, ...]] = (
+    Command(
+        "collect",
+        "Think questions to the end, measure every signal at every check, and answer from each check as well.",
+        _collect_arguments,
+        _collect,
+        """\
+Each line of the file is a trace that replays as the model runs, so any policy and threshold can be tried on it:
+
+  earlyexit collect --split train --questions 5000 --out runs/train.jsonl
+  earlyexit collect --split dev --questions 2000 --depths --seed 1 --out runs/calibration.jsonl
+
+Policies that look at paragraphs or sentences (EAT, ThinkBrake) have a collection of their own, by --kinds.
+""",
+    ),
+    Command(
+        "train",
+        "Train LYNX's probe on a collection, and report how well it ranks checks it has not seen.",
+        _train_arguments,
+        _train,
+        """\
+Questions are split in three: to train on, to choose and stop by, and to report on. No gold answers are needed:
+
+  earlyexit train runs/train.jsonl --search --out runs/probe
+  earlyexit ask --probe runs/probe --policy lynx "What is 37 + 48 * 2 - 15?"
+""",
+    ),
+    Command(
+        "calibrate",
+        "Find the setting of a policy that changes at most a share epsilon of the answers, and certify it.",
+        _calibrate_arguments,
+        _calibrate,
+        """\
+Each question counts once: what leaving at the policy's first exit would have answered, against full thinking.
+With probability 1 - delta all levels of the artifact hold for new questions of the same kind, asked the same way:
+
+  earlyexit calibrate runs/calibration.jsonl --policy deer --epsilon 0.05 --delta 0.1 --out deer.json
+""",
+    ),
+    Command(
+        "answer",
+        "Answer questions live, one way: the baselines and times that replay cannot know.",
+        _answer_arguments,
+        _answer,
+        """\
+Fixed budgets and no thinking, with the collection's seeds:
+
+  for budget in 0 64 128 256; do earlyexit answer --questions 500 --budget $budget --out runs/budget-$budget.jsonl; done
+""",
+    ),
+    Command(
+        "evaluate",
+        "Try policies and thresholds on collected traces, without the model.",
+        _evaluate_arguments,
+        _evaluate,
+        """\
+Accuracy, agreement with full thinking, every kind of token and exits by reason, with paired intervals:
+
+  earlyexit evaluate runs/test.jsonl --dev runs/dev.jsonl --policy deer codestop --live runs/budget-*.jsonl \\
+    --out runs/evaluation.json
+""",
+    ),
+    Command(
+        "report",
+        "Write an evaluation as Markdown, one self-contained HTML file, and a plot.",
+        _report_arguments,
+        _report,
+    ),
+    Command(
+        "headline",
+        "All policies side by side, live, on held-out questions of the bundled model.",
+        _headline_arguments,
+        _headline,
+        """\
+Settings are chosen on dev, LYNX's probe is trained on chains of the train split, nothing is tuned on test.
+Two processes share the work; an interrupted run goes on. A try of some minutes:
+
+  earlyexit headline --questions 100 --dev 100 --chains 200 --out /tmp/headline
+""",
+    ),
+)

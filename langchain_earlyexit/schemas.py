@@ -1,0 +1,160 @@
+"""JSON schemas a grammar can keep: what is refused when one is bound, and what is tidied before it is compiled.
+
+A keyword that cannot be enforced is an error that names it and its place, never ignored: a promise that holds only
+for the other keywords would be none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from llguidance import LLMatcher
+
+Schema = Mapping[str, Any]
+
+COMPILE: Final[Any] = {
+    # As chat templates and `json.dumps` write JSON: what models were trained on, and no endless whitespace.
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    # Without \uXXXX: a letter is written as itself, and half a surrogate pair cannot be.
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+"""How llguidance writes JSON."""
+
+_IN_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_ALONE = ("items", "additionalProperties")
+
+_UNENFORCED = (
+    "not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas",
+    "dependencies", "propertyNames", "unevaluatedProperties", "unevaluatedItems", "additionalItems", "$dynamicRef",
+    "$recursiveRef", "disallow", "extends", "divisibleBy",
+)  # fmt: skip
+
+
+def checked(schema: Any, what: str) -> dict[str, Any]:
+    """`schema` made ready to be compiled.
+
+    Objects that list properties and do not say whether there may be others have no others: what a grammar then lets
+    through is valid all the same, and ends.
+
+    Args:
+        schema: a JSON schema, Draft 2020-12.
+        what: what it is the schema of, for the error.
+
+    Raises:
+        ValueError: no schema, or one with a keyword that cannot be enforced; the keyword and its path are named.
+    """
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"the schema of {what} must be a JSON schema as a dict, not {type(schema).__name__}")
+    for path, part in _parts(schema, "#"):
+        reason = _unenforced(part)
+        if reason is not None:
+            raise ValueError(_refusal(what, path, reason))
+    closing = not any(_is_intersected(part) for _, part in _parts(schema, "#"))
+    tidy: dict[str, Any] = _tidied(schema, closing=closing)
+    problem = _problem(tidy)
+    if problem:
+        path, problem = _blame(tidy, tidy, "#", problem)
+        raise ValueError(_refusal(what, path, problem))
+    return tidy
+
+
+def _refusal(what: str, path: str, reason: str) -> str:
+    return (
+        f"the schema of {what} cannot be enforced while decoding: at {path}, {reason}. Leave it out of the schema and "
+        "check it in your own code, or say it with other keywords"
+    )
+
+
+def _parts(schema: Any, path: str) -> Iterator[tuple[str, Schema]]:
+    """Every schema within a schema, itself first, with its path."""
+    if not isinstance(schema, Mapping):  # True, False
+        return
+    yield path, schema
+    for key in _IN_MAPS:
+        inner = schema.get(key)
+        if isinstance(inner, Mapping):
+            for name, part in inner.items():
+                yield from _parts(part, f"{path}/{key}/{name}")
+    for key in _IN_LISTS:
+        inner = schema.get(key)
+        if isinstance(inner, list | tuple):
+            for index, part in enumerate(inner):
+                yield from _parts(part, f"{path}/{key}/{index}")
+    for key in _ALONE:
+        yield from _parts(schema.get(key), f"{path}/{key}")
+
+
+def _unenforced(part: Schema) -> str | None:
+    """What the grammar compiler would refuse without saying where, or pass over."""
+    for key in _UNENFORCED:
+        if key in part:
+            return f"the keyword {key!r} is not supported"
+    if part.get("uniqueItems"):
+        return "the keyword 'uniqueItems' is not supported"
+    if isinstance(part.get("items"), list | tuple):
+        return "the keyword 'items' holds a list (draft 7); use 'prefixItems'"
+    for key in ("exclusiveMinimum", "exclusiveMaximum"):
+        if isinstance(part.get(key), bool):
+            return f"the keyword {key!r} is a boolean (draft 4); give the bound itself"
+    least = part.get("minProperties", 0)
+    if isinstance(least, int) and least > max(1, len(part.get("required", ()))):
+        # The grammar counts properties but does not keep the names of unlisted ones apart.
+        return f"the keyword 'minProperties' asks for {least}, more than 'required' names"
+    return None
+
+
+def _is_intersected(part: Schema) -> bool:
+    """Whether closing this object, or one that it refers to, could leave nothing that fits."""
+    if len(part.get("allOf", ())) > 1:
+        return True
+    joined = [key for key in ("$ref", "anyOf", "oneOf", "allOf") if key in part]
+    return len(joined) > 1 or bool(joined and "properties" in part)
+
+
+def _tidied(value: Any, *, closing: bool) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    tidy: dict[str, Any] = {}
+    for key, inner in value.items():
+        if key in {"x-guidance", "uniqueItems"}:
+            continue
+        if key in _IN_MAPS and isinstance(inner, Mapping):
+            tidy[key] = {name: _tidied(part, closing=closing) for name, part in inner.items()}
+        elif key in _IN_LISTS and isinstance(inner, list | tuple):
+            tidy[key] = [_tidied(part, closing=closing) for part in inner]
+        else:
+            tidy[key] = _tidied(inner, closing=closing) if key in _ALONE else inner
+    if closing and "properties" in tidy and not {"additionalProperties", "patternProperties"} & tidy.keys():
+        tidy["additionalProperties"] = False
+    return tidy
+
+
+def _problem(schema: Schema) -> str:
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=COMPILE)
+    except ValueError as error:
+        return str(error)
+    return LLMatcher.validate_grammar(grammar)
+
+
+def _blame(part: Schema, root: Schema, path: str, problem: str) -> tuple[str, str]:
+    """The innermost place that has the same problem by itself."""
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    for inner, found in _parts(part, path):
+        if inner == path:
+            continue
+        alone = _problem({**shared, **found})
+        if alone and alone.splitlines()[-1] == problem.splitlines()[-1]:
+            own = {key: value for key, value in found.items() if key not in shared}
+            return _blame(own, root, inner, alone)
+    return path, " ".join(problem.split())
+
+
+def written(schema: Schema) -> str:
+    """The schema as llguidance's grammars take it in."""
+    return json.dumps({**schema, "x-guidance": COMPILE}, ensure_ascii=False)

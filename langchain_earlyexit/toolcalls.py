@@ -1,0 +1,339 @@
+"""How model families write tool calls: one table of data, chosen by the chat template's text, and a reader of it.
+
+A turn's calls are laid out as
+
+    trigger lead NAME middle ARGUMENTS tail (between NAME middle ARGUMENTS tail)* end
+
+with ARGUMENTS a JSON object. The trigger is the text with which a call begins wherever a model writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """One row of the table.
+
+    Args:
+        name: what messages call it.
+        marks: texts that all stand in a chat template of this format.
+        unmarked: texts of which none does.
+        trigger, lead, middle, tail, between, end: see the module. `between` is None where templates know of one call
+            in a turn only.
+        at_start: only an answer that begins with the trigger is a call.
+        id_length: how long the ids of calls must be in the history (letters and digits), or None for any.
+    """
+
+    name: str
+    trigger: str
+    lead: str
+    middle: str
+    tail: str
+    between: str | None
+    end: str = ""
+    marks: tuple[str, ...] = ()
+    unmarked: tuple[str, ...] = ()
+    at_start: bool = False
+    id_length: int | None = None
+
+    @property
+    def opening(self) -> str:
+        """What stands before the name of the first call."""
+        return self.trigger + self.lead
+
+    def named(self, name: str) -> str:
+        """A tool's name as it is written: inside a JSON string, or bare."""
+        return json.dumps(name, ensure_ascii=False)[1:-1] if self.opening.endswith('"') else name
+
+    def unnamed(self, text: str) -> str:
+        """The name that `text` writes."""
+        return str(json.loads(f'"{text}"')) if self.opening.endswith('"') else text
+
+    def text(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Calls (`name`, and `arguments` as a dict or as JSON text) as a model writes them."""
+        written = []
+        for call in calls:
+            arguments = call["arguments"]
+            told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            written.append(self.named(call["name"]) + self.middle + told + self.tail)
+        between = "\n" + self.opening if self.between is None else self.between
+        return self.opening + between.join(written) + self.end
+
+
+HERMES: Final = CallFormat(
+    "hermes",
+    trigger="<tool_call>",
+    lead='\n{"name": "',
+    middle='", "arguments": ',
+    tail="}\n</tool_call>",
+    between='\n<tool_call>\n{"name": "',
+    marks=("<tool_call>",),
+    unmarked=("<function=", "<arg_key>"),
+)
+"""Hermes, Qwen 2.5, QwQ, Qwen 3 and the pocket reasoner; also what a model without a format of its own is asked for."""
+
+FORMATS: Final = (
+    CallFormat(
+        "deepseek",
+        trigger="<｜tool▁calls▁begin｜>",
+        lead="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+        middle="\n```json\n",
+        tail="\n```<｜tool▁call▁end｜>",
+        between="\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+        end="<｜tool▁calls▁end｜>",
+        marks=("<｜tool▁calls▁begin｜>", "```json"),
+    ),
+    CallFormat(
+        "deepseek-v3.1",
+        trigger="<｜tool▁calls▁begin｜>",
+        lead="<｜tool▁call▁begin｜>",
+        middle="<｜tool▁sep｜>",
+        tail="<｜tool▁call▁end｜>",
+        between="<｜tool▁call▁begin｜>",
+        end="<｜tool▁calls▁end｜>",
+        marks=("<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>"),
+        unmarked=("```json",),
+    ),
+    CallFormat(
+        "mistral-args",
+        trigger="[TOOL_CALLS]",
+        lead="",
+        middle="[ARGS]",
+        tail="",
+        between="[TOOL_CALLS]",
+        marks=("[TOOL_CALLS]", "[ARGS]"),
+        unmarked=("[CALL_ID]",),
+        id_length=9,
+    ),
+    CallFormat(
+        "mistral",
+        trigger="[TOOL_CALLS]",
+        lead='[{"name": "',
+        middle='", "arguments": ',
+        tail="}",
+        between=', {"name": "',
+        end="]",
+        marks=("[TOOL_CALLS]",),
+        unmarked=("[ARGS]",),
+        id_length=9,
+    ),
+    HERMES,
+    CallFormat(
+        "llama3-json",
+        trigger='{"name": "',
+        lead="",
+        middle='", "parameters": ',
+        tail="}",
+        between=None,
+        marks=('"parameters": ', "ipython"),
+        at_start=True,
+    ),
+)
+"""Tried in this order. DeepSeek: model cards of R1, V3, V3.1; Mistral: its tokenizers v3 and v11; Llama: 3.1 to 3.3."""
+
+
+def find_format(template: str | None) -> CallFormat | None:
+    """The format that a chat template's text shows, None if it shows none of the table's."""
+    if template is None:
+        return None
+    for row in FORMATS:
+        if all(mark in template for mark in row.marks) and not any(mark in template for mark in row.unmarked):
+            return row
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class CallPiece:
+    """A piece of the call number `index`: its name, or arguments that add up to JSON text."""
+
+    index: int
+    name: str | None
+    arguments: str = ""
+
+
+class JsonEnd:
+    """Finds where a JSON object or array ends in text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._string = self._escaped = False
+
+    def push(self, text: str) -> int | None:
+        """Index in this piece just past the end of the value; None while it goes on."""
+        for at, letter in enumerate(text):
+            if self._string:
+                if self._escaped:
+                    self._escaped = False
+                elif letter == "\\":
+                    self._escaped = True
+                else:
+                    self._string = letter != '"'
+            elif letter == '"':
+                self._string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return at + 1
+        return None
+
+
+@dataclass(slots=True)
+class CallReader:
+    """Reads calls from streamed text that follows the trigger.
+
+    Attributes:
+        format: how they are written.
+        whole: how many calls have all their arguments.
+        spans: start and end, in all the text read, of each name and of each call's arguments.
+    """
+
+    format: CallFormat
+    whole: int = 0
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    _held: str = ""
+    _at: int = 0  # where in the text the held part begins
+    _expects: str = "lead"
+    _index: int = 0
+    _arguments: str = ""
+    _scan: JsonEnd = field(default_factory=JsonEnd)
+
+    def push(self, text: str) -> list[CallPiece]:
+        """Take the next text; return what it tells."""
+        self._held += text
+        pieces: list[CallPiece] = []
+        while self._step(pieces):
+            pass
+        return pieces
+
+    def finish(self) -> list[CallPiece]:
+        """The text is over: close a call that was broken off, so that no reader can take it for whole."""
+        if self._expects == "name":
+            # What may be the beginning of what follows the name is no part of it.
+            sizes = range(min(len(self._held), len(self.format.middle)), 0, -1)
+            begun = next((size for size in sizes if self.format.middle.startswith(self._held[-size:])), 0)
+            name = self._take(len(self._held) - begun)
+            return [CallPiece(self._index, name, broken_off(""))]
+        if self._expects == "arguments":
+            return [CallPiece(self._index, None, broken_off(self._arguments))]
+        if self._expects == "lead" and self._index == 0:
+            return [CallPiece(0, "", broken_off(""))]
+        return []
+
+    def _step(self, pieces: list[CallPiece]) -> bool:
+        form = self.format
+        if self._expects == "lead":
+            literal = (form.lead if self._index == 0 else form.between or "").lstrip()
+            blank = len(self._held) - len(self._held.lstrip())
+            if not self._held.startswith(literal, blank):
+                return False
+            self._take(blank + len(literal))
+            self._expects = "name"
+        elif self._expects == "name":
+            at = self._held.find(form.middle)
+            if at < 0:
+                return False
+            self.spans.append((self._at, self._at + at))
+            pieces.append(CallPiece(self._index, form.unnamed(self._take(at))))
+            self._take(len(form.middle))
+            self._expects, self._arguments, self._scan = "arguments", "", JsonEnd()
+        elif self._expects == "arguments":
+            if not self._held:
+                return False
+            end = self._scan.push(self._held)
+            start = self._at
+            told = self._take(len(self._held) if end is None else end)
+            if not self._arguments:
+                self.spans.append((start, start))
+            self._arguments += told
+            self.spans[-1] = (self.spans[-1][0], self._at)
+            pieces.append(CallPiece(self._index, None, told))
+            if end is not None:
+                self.whole += 1
+                self._expects = "tail"
+        elif self._expects == "tail":
+            if not self._held.startswith(form.tail):
+                return False
+            self._take(len(form.tail))
+            self._index += 1
+            self._expects = "end" if form.between is None else "lead"
+        else:
+            return False
+        return True
+
+    def _take(self, length: int) -> str:
+        taken, self._held = self._held[:length], self._held[length:]
+        self._at += length
+        return taken
+
+
+def broken_off(arguments: str) -> str:
+    """What to add to arguments that were cut, so that readers who complete JSON (as LangChain does) cannot.
+
+    Pieces of a stream can only be added to. So the open string is closed, and then a bracket that does not match.
+    """
+    closers: list[str] = []
+    string = escaped = False
+    for letter in arguments:
+        if string:
+            if escaped:
+                escaped = False
+            elif letter == "\\":
+                escaped = True
+            else:
+                string = letter != '"'
+        elif letter == '"':
+            string = True
+        elif letter in "{[":
+            closers.append("}" if letter == "{" else "]")
+        elif letter in "}]" and closers:
+            closers.pop()
+    quote = ("\\" if escaped else "") + '"' if string else ""
+    return quote + ("}" if closers and closers[-1] == "]" else "]")
+
+
+def read_calls(form: CallFormat, text: str) -> tuple[dict[str, Any], ...] | None:
+    """The calls (`name`, `arguments`) that `text`, from the trigger on, holds; None if they are not whole."""
+    if not text.lstrip().startswith(form.trigger):
+        return None
+    reader = CallReader(form)
+    pieces = reader.push(text.lstrip()[len(form.trigger) :])
+    if not reader.whole or reader.finish():
+        return None
+    return calls_of(pieces)
+
+
+def calls_of(pieces: Iterable[CallPiece]) -> tuple[dict[str, Any], ...] | None:
+    """The calls (`name`, `arguments`) that pieces add up to; None if the arguments of one are no JSON object."""
+    names: dict[int, str] = {}
+    texts: dict[int, str] = {}
+    for piece in pieces:
+        names[piece.index] = names.get(piece.index, "") + (piece.name or "")
+        texts[piece.index] = texts.get(piece.index, "") + piece.arguments
+    calls = []
+    for index, text in texts.items():
+        try:
+            arguments = json.loads(text)
+        except ValueError:
+            return None
+        if not isinstance(arguments, dict):
+            return None
+        calls.append({"name": names[index], "arguments": arguments})
+    return tuple(calls)
+
+
+def canonical(value: Any) -> str:
+    """JSON text that is equal for equal values: keys sorted, no spaces, nothing escaped that need not be."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def canonical_calls(calls: Sequence[Mapping[str, Any]]) -> str:
+    """One call as a canonical JSON object, several as a list of them."""
+    told = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    return canonical(told[0] if len(told) == 1 else told)

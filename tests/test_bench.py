@@ -1,0 +1,39 @@
+"""The bench runs, and its table says what was measured and what was not."""
+
+import pytest
+
+from langchain_earlyexit.lab import bench
+from langchain_earlyexit.lab.bench import BLOCKS, Size
+from langchain_earlyexit.lab.measured import Line, interleaved, ratio, table
+
+TINY = Size(quick=True, progress=False)
+
+
+def test_the_ratio_is_the_median_of_the_ratios_of_rounds():
+    assert ratio([1.0, 1.0, 10.0], [2.0, 3.0, 20.0]) == 2.0
+
+
+def test_who_goes_first_rotates():
+    order = []
+    seconds = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 3, "", progress=False)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_the_table_tells_figures_and_the_lack_of_them():
+    said = table([Line(1, "x", 1234.5, "y", 0.5, 2.469, "≥ 2"), Line(2, "z", note="skipped")])
+    assert "| 1,234" in said
+    assert "| 2.47 " in said
+    assert said.splitlines()[-1].endswith("| skipped |")
+    assert len({len(line) for line in said.splitlines()}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_runs(block, monkeypatch):
+    monkeypatch.setattr(bench, "smollm2", lambda: None)
+    lines = BLOCKS[block](TINY)
+    assert {line.block for line in lines} == {block}
+    assert any(line.ours is not None for line in lines)
+    for line in lines:
+        assert line.ratio is None or line.ratio > 0

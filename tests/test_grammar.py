@@ -1,0 +1,154 @@
+"""Grammars: what cannot be kept is refused, and what finishes under one is valid, whatever the model."""
+
+import json
+import random
+
+import jsonschema
+import numpy as np
+import pytest
+import random_schemas
+from tokenizers_for_tests import byte_level, sentencepiece, word_level
+
+from langchain_earlyexit import ChatEarlyExit, FunctionEngine
+from langchain_earlyexit.engines.function import byte_tokenizer
+from langchain_earlyexit.grammar import Grammars
+from langchain_earlyexit.schemas import checked
+from langchain_earlyexit.toolcalls import FORMATS
+
+EXACT = jsonschema.Draft202012Validator
+
+
+def response_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def rambling(tokenizer, seed=0):
+    """A tiny model with random weights: an embedding of the last two tokens, and a head. It closes its thinking."""
+    rng = np.random.default_rng(seed)
+    size = len(tokenizer)
+    embedding = rng.normal(size=(size, 16))
+    head = rng.normal(size=(16, size))
+
+    def next_logits(ids):
+        return ((embedding[ids[-1]] + 0.5 * embedding[ids[-2]]) @ head).astype(np.float32)
+
+    return next_logits
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("schema", "says"),
+        [
+            ({"type": "array", "uniqueItems": True}, "at #, the keyword 'uniqueItems'"),
+            ({"properties": {"a": {"not": {"type": "string"}}}}, "at #/properties/a, the keyword 'not'"),
+            ({"anyOf": [{"type": "string"}, {"if": {}, "then": {}}]}, "at #/anyOf/1, the keyword 'if'"),
+            ({"type": "array", "items": {"contains": {"type": "string"}}}, "at #/items, the keyword 'contains'"),
+            ({"type": "array", "items": [{"type": "string"}]}, "use 'prefixItems'"),
+            ({"properties": {"a": {"type": "string", "format": "phone"}}}, "at #/properties/a, Unknown format: phone"),
+            (
+                {"$defs": {"D": {"pattern": "(?!x)a", "type": "string"}}, "properties": {"a": {"$ref": "#/$defs/D"}}},
+                "look-around",
+            ),
+            ({"properties": {"a": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}}, "at #/properties/a, oneOf"),
+            ({"type": "object", "minProperties": 3}, "minProperties"),
+            ({"type": "integer", "exclusiveMinimum": True}, "draft 4"),
+            ({"$ref": "https://elsewhere.test/schema"}, "elsewhere.test"),
+            ({"type": "integer", "minimum": 5, "maximum": 2}, "Unsatisfiable"),
+            ([], "must be a JSON schema as a dict, not list"),
+        ],
+    )
+    def test_a_keyword_that_cannot_be_enforced_is_named_with_its_place(self, schema, says):
+        with pytest.raises(ValueError, match=says.replace("(", "\\(")) as refused:
+            checked(schema, "tool 'f'")
+        assert "tool 'f'" in str(refused.value)
+
+    def test_names_of_properties_are_not_keywords(self):
+        tidy = checked({"properties": {"not": {"type": "string"}, "if": {"type": "integer"}}}, "x")
+        assert set(tidy["properties"]) == {"not", "if"}
+
+    def test_a_caller_cannot_loosen_the_grammar(self):
+        assert "x-guidance" not in checked({"type": "string", "x-guidance": {"lenient": True}}, "x")
+
+    def test_a_tokenizer_that_is_not_made_of_bytes_is_refused_by_name(self):
+        tokenizer = word_level()
+        with pytest.raises(ValueError, match="byte-level BPE"):
+            Grammars(tokenizer, frozenset({1})).schema({"type": "string"}).start()
+
+
+class TestGrammars:
+    @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+    @pytest.mark.parametrize("make", [byte_tokenizer, byte_level, sentencepiece], ids=["bytes", "bpe", "fallback"])
+    def test_calls_are_allowed_as_the_format_writes_them_and_nothing_else_is(self, form, make):
+        tokenizer = make()
+        end = "</s>" if make is sentencepiece else "<|im_end|>"
+        grammars = Grammars(tokenizer, frozenset({tokenizer.convert_tokens_to_ids(end)}))
+        schema = checked({"properties": {"a": {"type": "integer"}}, "required": ["a"]}, "add")
+        tools = [
+            {"name": "add", "parameters": schema},
+            {"name": "add_more", "parameters": checked({"properties": {}}, "x")},
+        ]
+        calls = [{"name": "add", "arguments": {"a": -12}}, {"name": "add_more", "arguments": {}}]
+        calls = calls[: 1 if form.between is None else 2]
+        after = form.text(calls)[len(form.trigger) :]
+        grammar = grammars.calls(form, tools, parallel=True)
+        assert grammar.start(after) is not None
+        for wrong in (after.replace("-12", '"12"'), after.replace("add", "sub"), after.replace('"a"', '"b"'), "x"):
+            assert grammar.start(wrong) is None
+        single = grammars.calls(form, tools, parallel=False)
+        assert single.start(form.text(calls[:1])[len(form.trigger) :]).over
+        either = grammars.calls(form, tools, parallel=True, otherwise={"type": "boolean"})
+        assert either.start("true").over
+        assert either.start(form.text(calls)) is not None
+
+    def test_a_mask_holds_just_the_ids_that_can_come_next(self):
+        tokenizer = byte_tokenizer()
+        grammar = Grammars(tokenizer, frozenset({tokenizer.eos_token_id})).schema({"enum": ["ab", "ac"]})
+        bits = np.unpackbits(np.frombuffer(grammar.start('"a').allowed(), np.uint8), bitorder="little")
+        assert tokenizer.decode(np.flatnonzero(bits)) == "bc"
+        assert np.flatnonzero(
+            np.unpackbits(np.frombuffer(grammar.start('"ab"').allowed(), np.uint8), bitorder="little")
+        ) == [tokenizer.eos_token_id]
+
+
+class TestWhatFinishesIsValid:
+    def test_300_random_bounded_schemas_on_a_model_of_random_weights(self):
+        tokenizer = byte_tokenizer()
+        rng = random.Random(20)
+        with ChatEarlyExit(
+            engine=FunctionEngine(rambling(tokenizer), tokenizer), temperature=1.0, thinking_budget=3
+        ) as llm:
+            schemas = [random_schemas.schema(rng) for _ in range(300)]
+            for seed, schema in enumerate(schemas):
+                message = llm.invoke("?", response_format=response_format(schema), seed=seed, max_tokens=4000)
+                assert message.response_metadata["finish_reason"] == "stop", schema
+                EXACT(schema, format_checker=EXACT.FORMAT_CHECKER).validate(json.loads(message.content))
+                assert "think>" not in message.content
+
+    def test_unbounded_schemas_are_valid_or_honestly_cut(self):
+        tokenizer = byte_tokenizer()
+        rng = random.Random(21)
+        ends = set()
+        with ChatEarlyExit(
+            engine=FunctionEngine(rambling(tokenizer), tokenizer), temperature=1.0, thinking_budget=3
+        ) as llm:
+            for seed in range(30):
+                schema = random_schemas.schema(rng, bounded=False)
+                message = llm.invoke("?", response_format=response_format(schema), seed=seed, max_tokens=150)
+                ends.add(message.response_metadata["finish_reason"])
+                if message.response_metadata["finish_reason"] == "stop":
+                    EXACT(schema).validate(json.loads(message.content))
+        assert ends == {"stop", "length"}
+
+    def test_arguments_of_forced_calls_on_a_model_of_random_weights(self):
+        tokenizer = byte_tokenizer()
+        rng = random.Random(22)
+        with ChatEarlyExit(
+            engine=FunctionEngine(rambling(tokenizer), tokenizer), temperature=1.0, thinking_budget=3
+        ) as llm:
+            for seed in range(30):
+                schema = random_schemas.obj(rng, 2, True)
+                tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+                message = llm.invoke("?", tools=[tool], tool_choice="f", seed=seed, max_tokens=4000)
+                [call] = message.tool_calls
+                EXACT(schema).validate(call["args"])
+                assert message.content == ""

@@ -1,0 +1,486 @@
+"""A reasoning node spends what its state allows and writes down what it spent, whatever graph it stands in."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from agents_for_tests import chatterer, talker
+from langchain_core.messages import HumanMessage
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command, RetryPolicy, Send
+from typing_extensions import TypedDict
+
+from langchain_earlyexit import DEER, ChatEarlyExit
+from langchain_earlyexit.graph import (
+    Ledger,
+    ReasoningState,
+    ask_human,
+    branches,
+    merge_ledgers,
+    reasoning_node,
+    route_by_confidence,
+    verdict,
+)
+
+ASKED = {"messages": [("user", "why?")]}
+
+
+def one_node(model, schema=ReasoningState, **settings):
+    builder = StateGraph(schema)
+    builder.add_node("think", reasoning_node(model, **settings))
+    builder.add_edge(START, "think")
+    return builder.compile()
+
+
+def entries(state):
+    return list(state["ledger"].values())
+
+
+@pytest.fixture(params=["sync", "async"])
+def run(request):
+    """Run a graph to its end, both ways."""
+    if request.param == "sync":
+        return lambda graph, given, *rest: graph.invoke(given, *rest)
+    return lambda graph, given, *rest: asyncio.run(graph.ainvoke(given, *rest))
+
+
+class TestTheNode:
+    def test_writes_the_answer_its_record_and_what_it_spent(self, run):
+        done = run(one_node(talker(chatterer(40))), {**ASKED, "budget": {"tokens": 30}})
+        [asked, answer] = done["messages"]
+        assert (asked.text, answer.text) == ("why?", "WHY?")
+        [spend] = entries(done)
+        record = answer.response_metadata["early_exit"]
+        assert spend["exit"] == record
+        assert (spend["step"], spend["node"], spend["cap"], record["budget"]) == ("think", "think", 30, 30)
+        assert (spend["thinking"], record["reason"]) == (30, "budget")
+        assert spend["reasoning"] == answer.usage_metadata["output_token_details"]["reasoning"]
+
+    def test_takes_no_more_than_its_share_its_most_and_the_model_s_own_cap(self, run):
+        def cap(budget, model=None, **settings):
+            given = {**ASKED, "budget": {"tokens": budget}} if budget is not None else ASKED
+            [spend] = entries(run(one_node(model or talker(chatterer(9)), **settings), given))
+            return spend["cap"]
+
+        assert cap(40, share=0.25) == 10
+        assert cap(40, most=7) == 7
+        assert cap(40, talker(chatterer(9), thinking_budget=5)) == 5
+        assert cap(40, talker(chatterer(9)).bind(thinking_budget=6)) == 6
+        assert cap(40, talker(chatterer(9)).bind(reasoning_effort="high")) == 40
+        assert cap(0) == 0
+        assert cap(None) is None
+
+    def test_without_a_budget_in_the_state_it_spends_as_the_model_does_and_still_writes_it_down(self, run):
+        [spend] = entries(run(one_node(talker(chatterer(20), thinking_budget=8)), ASKED))
+        assert (spend["cap"], spend["thinking"]) == (8, 8)
+
+    def test_a_graph_of_steps_never_spends_more_than_its_budget(self, run):
+        builder = StateGraph(ReasoningState)
+        names = ["read", "think", "check", "tell"]
+        for name in names:
+            node = reasoning_node(talker(chatterer(50)), name=name, reads=lambda state: state["messages"][0].text)
+            builder.add_node(name, node)
+        for a, b in zip([START, *names], names, strict=False):
+            builder.add_edge(a, b)
+        budget = {"tokens": 70, "weights": {"read": 1, "think": 3, "check": 2, "tell": 1}}
+        done = run(builder.compile(), {**ASKED, "budget": budget})
+        assert [spend["thinking"] for spend in entries(done)] == [10, 30, 20, 10]
+
+    def test_goes_into_a_state_of_one_s_own(self, run):
+        class Own(TypedDict):
+            topic: str
+            essay: str
+            ledger: Annotated[Ledger, merge_ledgers]
+
+        graph = one_node(
+            talker(chatterer(9)),
+            Own,
+            reads=lambda state: f"about {state['topic']}",
+            writes=lambda message, state: {"essay": f"{state['topic']}: {message.text}"},
+            keywords=lambda state: {"seed": 77},
+        )
+        done = run(graph, {"topic": "rain"})
+        assert done["essay"] == "rain: ABOUT RAIN"
+        assert [spend["turn"] for spend in entries(done)] == [""]
+
+    def test_a_budget_whose_spends_would_be_lost_is_an_error(self, run):
+        class Forgetful(TypedDict):
+            messages: list
+            budget: dict
+
+        with pytest.raises(ValueError, match="no ledger, so what is spent would be lost"):
+            run(one_node(talker(chatterer(9)), Forgetful), {"messages": ["why?"], "budget": {"tokens": 9}})
+
+    def test_an_answer_out_of_a_cache_costs_nothing(self, run):
+        from langchain_core.caches import InMemoryCache
+
+        model = talker(chatterer(20), cache=InMemoryCache())
+        for spent in (20, 0):
+            [spend] = entries(run(one_node(model), ASKED))
+            assert (spend["thinking"], spend["exit"]["thinking_tokens"]) == (spent, 20)
+
+    def test_can_be_asked_outside_a_graph(self):
+        done = reasoning_node(talker(chatterer(9))).invoke({"messages": [HumanMessage("why?")]})
+        assert done["messages"][0].text == "WHY?"
+
+    @pytest.mark.parametrize(
+        ("build", "error", "says"),
+        [
+            (lambda m: reasoning_node(m | (lambda x: x)), TypeError, "only ChatEarlyExit"),
+            (lambda m: reasoning_node(m, share=0), ValueError, r"in \(0, 1\], not 0"),
+            (lambda m: reasoning_node(m, most=-1), ValueError, "at least 0 thinking tokens"),
+            (lambda m: reasoning_node(m.bind(reasoning_budget=5)), ValueError, "names for the same setting"),
+            (lambda m: reasoning_node(m.bind(colour="red")), TypeError, "unknown keyword"),
+        ],
+    )
+    def test_what_cannot_run_is_refused_when_it_is_built(self, build, error, says):
+        with pytest.raises(error, match=says):
+            build(talker(chatterer(9)))
+
+
+class Promising(ChatEarlyExit):
+    """Takes `confidence` as a calibrated model would, and only notes it."""
+
+    def call_settings(self, **kwargs):
+        return super().call_settings(**{**kwargs, "confidence": None})
+
+    def _start(self, messages, stop, kwargs):
+        self.metadata["asked"].append({key: kwargs.get(key) for key in ("confidence", "exit_policy")})
+        return super()._start(messages, stop, {**kwargs, "confidence": None})
+
+
+def promising():
+    return Promising(engine=talker(chatterer(9)).engine, seed=1, metadata={"asked": []})
+
+
+class TestRisk:
+    def test_is_passed_on_as_confidence_and_a_step_without_any_is_never_cut(self, run):
+        model = promising()
+        builder = StateGraph(ReasoningState)
+        names = ("think", "think again", "send", "unplanned")
+        for name in names:
+            node = reasoning_node(
+                model, name=name, may_cut=name != "send", reads=lambda state: state["messages"][0].text
+            )
+            builder.add_node(name, node)
+        for a, b in zip((START, *names), names, strict=False):
+            builder.add_edge(a, b)
+        shares = {"think": 0.04, "think again": 0.04, "send": 0.02}
+        done = run(builder.compile(), {**ASKED, "risk": {"epsilon": 0.1, "shares": shares}})
+        assert model.metadata["asked"] == [
+            {"confidence": 0.96, "exit_policy": None},
+            {"confidence": 0.96, "exit_policy": None},
+            {"confidence": None, "exit_policy": "never"},
+            {"confidence": None, "exit_policy": "never"},
+        ]
+        assert [spend["epsilon"] for spend in entries(done)] == [0.04, 0.04, 0, 0]
+
+    def test_a_second_try_is_not_cut_its_step_s_risk_is_spent(self, run):
+        model = promising()
+        builder = StateGraph(ReasoningState)
+        builder.add_node("think", reasoning_node(model, most=3))
+        builder.add_edge(START, "think")
+        builder.add_conditional_edges("think", route_by_confidence(think_more="think"), ["think", END])
+        done = run(builder.compile(), {**ASKED, "risk": {"epsilon": 0.1, "shares": {"think": 0.1}}})
+        assert [spend["epsilon"] for spend in entries(done)] == [0.1, 0]
+        assert [asked["exit_policy"] for asked in model.metadata["asked"]] == [None, "never"]
+
+    def test_with_a_model_that_has_no_calibration_is_an_error_that_says_so(self, run):
+        given = {**ASKED, "risk": {"epsilon": 0.1, "shares": {"think": 0.1}}}
+        with pytest.raises(ValueError, match="calibration"):
+            run(one_node(talker(chatterer(9))), given)
+
+
+class TestSideBySide:
+    def fan(self, model, width):
+        def fan_out(state):
+            steps = [f"part {i}" for i in range(width)]
+            told = branches(steps, state.get("budget"), state.get("risk"), state["ledger"])
+            return [Send("part", {**one, "messages": [HumanMessage(one["step"])]}) for one in told]
+
+        builder = StateGraph(ReasoningState)
+        builder.add_node("part", reasoning_node(model))
+        builder.add_conditional_edges(START, fan_out, ["part"])
+        return builder.compile()
+
+    def test_no_branch_s_spend_is_lost_and_together_they_keep_to_the_budget(self, run):
+        done = run(self.fan(talker(chatterer(50)), 7), {**ASKED, "budget": {"tokens": 100}})
+        told = {spend["step"]: spend["thinking"] for spend in entries(done)}
+        assert told == {f"part {i}": 15 if i < 2 else 14 for i in range(7)}
+        assert len(done["messages"]) == 8
+
+    def test_a_subgraph_that_hands_its_ledger_back_counts_nothing_twice(self, run):
+        builder = StateGraph(ReasoningState)
+        builder.add_node("first", reasoning_node(talker(chatterer(10)), name="first"))
+        builder.add_node("inner", one_node(talker(chatterer(20))))
+        builder.add_edge(START, "first")
+        builder.add_edge("first", "inner")
+        done = run(builder.compile(), {**ASKED, "budget": {"tokens": 25}})
+        assert [spend["thinking"] for spend in entries(done)] == [10, 15]
+
+    async def test_a_hundred_runs_at_once_on_one_model_keep_their_budgets_and_records_apart(self):
+        graph = one_node(talker(chatterer(60)))
+        given = [{"messages": [("user", f"run {i}")], "budget": {"tokens": 3 + i % 25}} for i in range(100)]
+        done = await asyncio.gather(*(graph.ainvoke(one) for one in given))
+        for one, end in zip(given, done, strict=True):
+            [spend] = entries(end)
+            assert end["messages"][-1].text == one["messages"][0][1].upper()
+            assert spend["thinking"] == spend["cap"] == spend["exit"]["budget"] == one["budget"]["tokens"]
+            assert spend["exit"] == end["messages"][-1].response_metadata["early_exit"]
+
+
+class TestWhenThingsGoWrong:
+    def test_a_step_that_is_tried_again_counts_once(self, run):
+        failures = [2]
+
+        def says(turns):
+            if failures[0]:
+                failures[0] -= 1
+                raise ConnectionError("the model went away")
+            return chatterer(12)(turns)
+
+        builder = StateGraph(ReasoningState)
+        again = RetryPolicy(initial_interval=0.001, max_attempts=3, retry_on=ConnectionError)
+        builder.add_node("think", reasoning_node(talker(says)), retry_policy=again)
+        builder.add_edge(START, "think")
+        done = run(builder.compile(), {**ASKED, "budget": {"tokens": 30}})
+        assert not failures[0]
+        assert [spend["thinking"] for spend in entries(done)] == [12]
+
+    def test_a_run_that_was_killed_goes_on_where_it_was_and_loses_neither_messages_nor_spend(self, tmp_path):
+        """The first process dies by SIGKILL in the second step, while a third is running beside it."""
+        script = textwrap.dedent(
+            """
+            import os, signal, sqlite3, sys, json
+            from agents_for_tests import PROBLEM, arithmetician, talker
+            from langgraph.checkpoint.sqlite import SqliteSaver
+            from langchain_earlyexit.graph import create_plan_and_solve
+
+            def says(turns):
+                if sys.argv[2] == "die" and turns[-1][1] == "What is 12 + 4?":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return arithmetician(turns)
+
+            with SqliteSaver.from_conn_string(sys.argv[1]) as saver:
+                graph = create_plan_and_solve(talker(says), budget=300, checkpointer=saver)
+                config = {"configurable": {"thread_id": "1"}}
+                given = {"messages": [("user", PROBLEM)]} if sys.argv[2] == "die" else None
+                before = graph.get_state(config).values
+                done = graph.invoke(given, config, durability="sync")
+                spent = {e["step"]: e["thinking"] for e in done["ledger"].values()}
+                kept = all(done["ledger"][key] == entry for key, entry in before["ledger"].items())
+                work = [message.id for message in done["work"]]
+                print(json.dumps({
+                    "before": [e["step"] for e in before["ledger"].values()], "kept": kept, "spent": spent,
+                    "calls": len(done["ledger"]), "work": len(work),
+                    "ledger": sorted(key.split("/")[1] for key in done["ledger"]) ==
+                              sorted([*work, done["messages"][-1].id]),
+                    "said": [message.text for message in done["messages"]],
+                }))
+            """
+        )
+        here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "LANGGRAPH_STRICT_MSGPACK": "true"}
+
+        def process(how):
+            told = [sys.executable, "-c", script, str(tmp_path / "runs.sqlite"), how]
+            return subprocess.run(told, env=here, capture_output=True, text=True, check=False)
+
+        assert process("die").returncode == -signal.SIGKILL
+        again = process("resume")
+        assert again.returncode == 0, again.stderr
+        import json
+
+        told = json.loads(again.stdout)
+        assert told["before"] == ["plan", "step 1", "step 2"]
+        assert told["kept"]
+        assert told["ledger"]
+        assert (told["calls"], told["work"]) == (5, 4)
+        assert list(told["spent"]) == ["plan", "step 1", "step 2", "step 3", "answer"]
+        assert told["said"][-1] == r"The final answer is \boxed{16}."
+
+
+class TestStreaming:
+    def test_custom_events_tell_what_a_step_may_spend_and_what_it_spent(self):
+        graph = one_node(talker(chatterer(20)))
+        told = list(graph.stream({**ASKED, "budget": {"tokens": 9}}, stream_mode="custom"))
+        assert told[0] == {
+            "event": "early_exit.step", "step": "think", "node": "think", "cap": 9, "epsilon": 0.0, "remaining": 9,
+        }  # fmt: skip
+        assert (told[1]["event"], told[1]["thinking"], told[1]["exit"]["reason"]) == ("early_exit.spent", 9, "budget")
+        assert len(told) == 2
+
+    async def test_tokens_come_as_messages_and_the_sum_is_what_the_state_holds(self):
+        graph = one_node(talker(chatterer(20)))
+        chunks, last = [], None
+        told = []
+        async for mode, part in graph.astream(ASKED, stream_mode=["messages", "values", "custom"]):
+            if mode == "messages":
+                chunks.append(part[0])
+            elif mode == "custom":
+                told.append(part["event"])
+            else:
+                last = part
+        assert told == ["early_exit.step", "early_exit.spent"]
+        assert sum(bool(chunk.additional_kwargs.get("reasoning_content")) for chunk in chunks) > 3
+        assert "".join(chunk.text for chunk in chunks) == last["messages"][-1].text
+        [spend] = entries(last)
+        assert spend["thinking"] == 20
+
+    @pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+    def test_v3_events_leave_the_same_ledger(self):
+        stream = one_node(talker(chatterer(20))).stream_events(ASKED, version="v3")
+        [spend] = entries(stream.output)
+        assert (spend["thinking"], spend["exit"]["reason"]) == (20, "natural")
+
+    def test_the_node_takes_a_timeout_as_async_nodes_do(self):
+        builder = StateGraph(ReasoningState)
+        builder.add_node("think", reasoning_node(talker(chatterer(5))), timeout=60)
+        builder.add_edge(START, "think")
+        assert asyncio.run(builder.compile().ainvoke(ASKED))["messages"][-1].text == "WHY?"
+
+
+def ended(reason, confidence=None):
+    return {"exit": {"reason": reason}, "confidence": confidence}
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        ("spend", "judged"),
+        [
+            (ended("natural"), "sure"),
+            (ended("natural", 0.95), "sure"),
+            (ended("natural", 0.5), "unsure"),
+            (ended("confident", 0.91), "sure"),
+            (ended("confident", 0.89), "unsure"),
+            (ended("sufficient", 0.2), "unsure"),
+            (ended("converged"), "sure"),
+            (ended("margin"), "sure"),
+            (ended("answer_now"), "sure"),
+            (ended("unpromising"), "unsure"),
+            (ended("degenerate"), "unsure"),
+            (ended("budget"), "cut"),
+            (ended("length"), "cut"),
+            (ended("no_thinking"), "cut"),
+        ],
+    )
+    def test_say_what_the_end_of_the_thinking_means(self, spend, judged):
+        assert verdict(spend, threshold=0.9) == judged
+
+    def test_judge_thinking_that_ended_by_itself_by_its_last_look_where_checks_are_recorded(self, run):
+        def says(turns):
+            return "It is four.\n\nWait, is it?\n\nIt is.\n", (lambda chain: (r"The final answer is \boxed{4}.", 0.6))
+
+        model = talker(says, exit_policy=DEER(0.95), include_checks=True, answer_form="boxed")
+        [spend] = entries(run(one_node(model), ASKED))
+        assert spend["exit"]["reason"] == "natural"
+        assert spend["confidence"] == pytest.approx(0.6, abs=0.3)
+        assert verdict(spend) == "unsure"
+        assert "trace" not in spend["exit"]
+
+
+class TestRoutes:
+    def state(self, *spends, **more):
+        base = {"step": "think", "turn": "t", "thinking": 10, "budget": ""}
+        return {"ledger": {f"think/{i}": {**base, **spend} for i, spend in enumerate(spends)}, **more}
+
+    @pytest.mark.parametrize(
+        ("reason", "ways", "goes"),
+        [
+            ("natural", {"think_more": "more", "escalate": "large", "ask": "human"}, END),
+            ("budget", {"think_more": "more", "escalate": "large", "ask": "human"}, "more"),
+            ("budget", {"escalate": "large", "ask": "human"}, "large"),
+            ("budget", {"ask": "human"}, "human"),
+            ("unpromising", {"think_more": "more", "escalate": "large", "ask": "human"}, "large"),
+            ("unpromising", {"think_more": "more", "ask": "human"}, "more"),
+            ("unpromising", {}, END),
+        ],
+    )
+    def test_go_where_it_helps_and_else_to_the_next_best(self, reason, ways, goes):
+        assert route_by_confidence(**ways)(self.state(ended(reason))) == goes
+
+    def test_do_not_think_more_without_end(self):
+        route = route_by_confidence("done", think_more="more", tries=2)
+        assert route(self.state(ended("budget"))) == "more"
+        assert route(self.state(ended("budget"), ended("budget"))) == "done"
+        assert route(self.state({**ended("budget"), "turn": "before"}, ended("budget"))) == "more"
+
+    def test_do_not_think_more_when_nothing_is_left_to_think_with(self):
+        route = route_by_confidence("done", think_more="more")
+        assert route(self.state(ended("budget"), budget={"tokens": 10})) == "done"
+        assert route(self.state(ended("budget"), budget={"tokens": 11})) == "more"
+
+    def test_an_answer_that_was_thought_over_takes_the_place_of_the_first(self, run):
+        builder = StateGraph(ReasoningState)
+        builder.add_node("think", reasoning_node(talker(chatterer(20)), share=0.5))
+        builder.add_edge(START, "think")
+        builder.add_conditional_edges("think", route_by_confidence(think_more="think", tries=3), ["think", END])
+        done = run(builder.compile(), {**ASKED, "budget": {"tokens": 30}})
+        assert [(spend["thinking"], spend["exit"]["reason"]) for spend in entries(done)] == [
+            (15, "budget"),
+            (7, "budget"),
+            (4, "budget"),
+        ]
+        assert [message.text for message in done["messages"]] == ["why?", "WHY?"]
+
+    def test_a_conversation_s_later_turns_keep_earlier_answers(self, run):
+        graph, state = one_node(talker(chatterer(9))), ASKED
+        for question in ("how?", "when?"):
+            state = run(graph, state)
+            state = {**state, "messages": [*state["messages"], HumanMessage(question)]}
+        done = run(graph, state)
+        assert [m.text for m in done["messages"]] == ["why?", "WHY?", "how?", "HOW?", "when?", "WHEN?"]
+        assert len({spend["turn"] for spend in entries(done)}) == 3
+
+    @pytest.mark.parametrize(
+        ("call", "says"),
+        [
+            (lambda: route_by_confidence(threshold=1.2), "not 1.2"),
+            (lambda: route_by_confidence(tries=0), "at least 1, not 0"),
+            (lambda: route_by_confidence()({"ledger": {}}), "no call of any step to judge"),
+            (lambda: route_by_confidence(step="x")({"ledger": {}}), "no call of step 'x'"),
+        ],
+    )
+    def test_what_cannot_be_judged_is_an_error(self, call, says):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+class TestAPerson:
+    def graph(self):
+        builder = StateGraph(ReasoningState)
+        builder.add_node("think", reasoning_node(talker(chatterer(20)), most=4))
+        builder.add_node("human", ask_human())
+        builder.add_edge(START, "think")
+        builder.add_conditional_edges("think", route_by_confidence(ask="human"), ["human", END])
+        return builder.compile(checkpointer=InMemorySaver())
+
+    def test_sees_the_doubtful_answer_and_corrects_it_without_a_second_call(self, run):
+        graph, thread = self.graph(), {"configurable": {"thread_id": "1"}}
+        paused = run(graph, ASKED, thread)
+        [asked] = paused["__interrupt__"]
+        assert (asked.value["question"], asked.value["answer"]) == ("why?", "WHY?")
+        assert asked.value["exit"]["reason"] == "budget"
+        done = run(graph, Command(resume="because"), thread)
+        assert [message.text for message in done["messages"]] == ["why?", "because"]
+        assert done["messages"][-1].response_metadata["corrected_by"] == "human"
+        assert len(entries(done)) == 1
+
+    def test_may_keep_the_answer(self, run):
+        graph, thread = self.graph(), {"configurable": {"thread_id": "1"}}
+        run(graph, ASKED, thread)
+        done = run(graph, Command(resume=True), thread)
+        assert done["messages"][-1].text == "WHY?"
+        assert "corrected_by" not in done["messages"][-1].response_metadata
+
+    def test_who_says_something_else_is_told_what_can_be_said(self, run):
+        graph, thread = self.graph(), {"configurable": {"thread_id": "1"}}
+        run(graph, ASKED, thread)
+        with pytest.raises(TypeError, match="resume with True"):
+            run(graph, Command(resume={"ok": 1}), thread)

@@ -1,0 +1,240 @@
+"""Who runs when, and within how much memory."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+from engines_for_tests import SEEDED, SIZE, hashed, settle, talk, tiny
+
+from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer
+from langchain_earlyexit.engines.packed import PackedModel
+from langchain_earlyexit.engines.pages import PAGE
+from langchain_earlyexit.engines.passes import MIXED
+from langchain_earlyexit.engines.program import Answer, Close, Feed, Fork, Hidden, Open, Sample, Step
+from langchain_earlyexit.engines.scheduler import ScheduledEngine
+from langchain_earlyexit.engines.separate import SeparateModel
+from langchain_earlyexit.engines.streams import STREAM_BOUND
+from langchain_earlyexit.sampling import Sampling
+
+SETTINGS = [Sampling(), SEEDED, Sampling(0.7, 0.9), Sampling(1.2, top_k=5), Sampling(1.0, min_p=0.1)]
+
+
+def engine_of(kind=PackedModel, *, pages=None, reuse=False, **given):
+    """A small engine, with room for so many pages."""
+    model = kind(tiny())
+    if pages is not None:
+        cache = model.new()
+        model.forward([type("Row", (), {"cache": cache, "ids": [1, 2, 3], "layers": ()})()])
+        del cache
+        if kind is PackedModel:
+            model.bound(pages * model._memory.page_bytes, reuse=reuse)
+        else:
+            model.bound(pages * PAGE * model._token_bytes)
+    return ScheduledEngine(model, byte_tokenizer(), name="x", **given)
+
+
+def mixed(i, out, prompt=None):
+    """A request of its own kind: prompt, sampling, a trial beside the trunk, forced text."""
+    rng = random.Random(i)
+    prompt = tuple(rng.randrange(5, SIZE) for _ in range(rng.choice([3, 20, 70, 150]))) if prompt is None else prompt
+    sampling, length = SETTINGS[i % len(SETTINGS)], rng.choice([4, 12, 24])
+    yield Step((Open(0, prompt, i),))
+    for step in range(length):
+        ops = [Sample(0, sampling)]
+        if step == 3 and i % 3 == 0:
+            yield Step((Fork(0, 1, len(prompt) + 2), Feed(1, (7, 8, 9))))
+        if step >= 3 and i % 3 == 0:
+            ops.append(Sample(1, SEEDED))
+        inbox = yield Step(tuple(ops), (Answer(str(step)),))
+        out.extend(token.id for token in inbox.results)
+    if i % 3 == 0:
+        yield Step((Close(1),))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_64_mixed_requests_in_any_order_of_arrival_say_what_each_says_alone(seed):
+    engine = engine_of()
+    alone, together = [[] for _ in range(64)], [[] for _ in range(64)]
+    for i in range(64):
+        list(engine.submit(mixed(i, alone[i])))
+    rng = random.Random(seed)
+    order = rng.sample(range(64), 64)
+    streams = []
+    while order:
+        for i in [order.pop() for _ in range(min(len(order), rng.randint(1, 12)))]:
+            streams.append(engine.submit(mixed(i, together[i])))
+        if streams and rng.random() < 0.5:
+            list(streams.pop(0))
+    for stream in streams:
+        list(stream)
+    engine.close()
+    assert together == alone
+
+
+@pytest.mark.parametrize("kind", [PackedModel, SeparateModel])
+def test_in_little_memory_requests_take_turns_and_say_the_same(kind):
+    free, tight = engine_of(kind), engine_of(kind, pages=9)
+    expected, found = [[] for _ in range(12)], [[] for _ in range(12)]
+    for engine, outs in ((free, expected), (tight, found)):
+        for stream in [engine.submit(mixed(i, outs[i])) for i in range(12)]:
+            list(stream)
+    assert found == expected
+    if kind is PackedModel:
+        assert tight._model._book.size <= 9
+        assert tight._model._memory.capacity <= 9
+        assert free._model._book.used == tight._model._book.used == 0
+    free.close()
+    tight.close()
+
+
+@pytest.mark.parametrize("kind", [PackedModel, SeparateModel])
+def test_a_request_that_can_never_fit_is_told_what_it_needs_and_the_others_go_on(kind):
+    engine = engine_of(kind, pages=4)
+    at_once = engine.submit(talk(3, tuple(range(5, 255)) * 2))
+    grows = engine.submit(talk(10**6, (5, 6), out=(said := [])))
+    with pytest.raises(MemoryError, match=r"needs [\d,]+ bytes .* limit is [\d,]+.*cache_bytes"):
+        list(at_once)
+    assert len(list(engine.submit(talk(5)))) == 5
+    with pytest.raises(MemoryError, match="cache_bytes"):
+        list(grows)
+    assert 3 * PAGE < len(said) <= 4 * PAGE
+    assert len(list(engine.submit(talk(5)))) == 5
+    engine.close()
+
+
+def test_a_limit_below_one_page_is_refused():
+    with pytest.raises(ValueError, match="holds not one page"):
+        engine_of(pages=0.5)
+
+
+def test_unread_streams_keep_nobody_waiting_and_lose_nothing():
+    engine = engine_of(pages=24, max_running=2)
+    many = STREAM_BOUND + 30
+    unread = [engine.submit(talk(many, (5, 6, i), seed=i)) for i in range(4)]
+    settle(lambda: all(len(stream._channel.events) >= STREAM_BOUND for stream in unread))
+    assert len(list(engine.submit(talk(10 * PAGE, (9, 9))))) == 10 * PAGE  # takes the memory of two of them
+    fresh = engine_of()
+    for i, stream in enumerate(unread):
+        assert [e.text for e in stream] == [e.text for e in fresh.submit(talk(many, (5, 6, i), seed=i))]
+    engine.close()
+    fresh.close()
+
+
+def test_a_prompt_is_read_in_pieces_while_others_speak():
+    engine = engine_of()
+    widths = []
+    inner = engine._model.forward
+    engine._model.forward = lambda rows: (widths.append([len(row.ids) for row in rows]), inner(rows))[1]
+    speaking = engine.submit(talk())
+    next(iter(speaking := iter(speaking)))
+    widths.clear()
+    list(engine.submit(talk(2, tuple(range(5, 255)) * 3)))
+    del speaking
+    shared = [rows for rows in widths if len(rows) == 2 and max(rows) > 1]
+    assert sum(max(rows) for rows in shared) == 750
+    assert all(min(rows) == 1 and max(rows) <= MIXED for rows in shared)
+    engine.close()
+
+
+def test_a_beginning_that_is_known_is_not_read_again_and_changes_nothing():
+    prompt = tuple(5 + (i * 31) % 250 for i in range(3 * PAGE + 10))
+    plain, reusing = engine_of(pages=99), engine_of(pages=99, reuse=True)
+    fed = []
+    inner = reusing._model.forward
+    reusing._model.forward = lambda rows: (fed.extend(len(row.ids) for row in rows), inner(rows))[1]
+    expected, found = [[], []], [[], []]
+    for engine, outs in ((plain, expected), (reusing, found)):
+        for out, end in zip(outs, ((7,), (8, 9)), strict=True):
+            list(engine.submit(mixed(1, out, prompt + end)))
+    assert found == expected
+    assert sum(n for n in fed if n > 1) == (3 * PAGE + 11) + 12
+    plain.close()
+    reusing.close()
+
+
+def test_hidden_states_are_there_after_a_beginning_was_known():
+    engine = engine_of(pages=99, reuse=True)
+    prompt = tuple(5 + (i * 31) % 250 for i in range(3 * PAGE))
+    found = []
+
+    def walk():
+        yield Step((Open(0, prompt, 0, (0.5,)), Sample(0)))
+        inbox = yield Step(tuple(Hidden(0, len(prompt) - 1 - i) for i in range(40)))
+        found.append(np.stack(inbox.results))
+
+    for _ in range(2):
+        list(engine.submit(walk()))
+    assert np.abs(found[0] - found[1]).max() < 1e-4
+    engine.close()
+
+
+def test_many_requests_with_cancels_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr("langchain_earlyexit.engines.scheduler._IDLE_SECONDS", 0.05)
+    engine = engine_of(pages=200)
+    rng = random.Random(0)
+    streams = []
+    capacities = []
+    inner = engine._model.forward
+    engine._model.forward = lambda rows: (inner(rows), capacities.append(engine._model._memory.capacity))[0]
+    list(engine.submit(talk(1, tuple(range(5, 255)) * 18)))
+    assert max(capacities) > 64
+    for i in range(120):
+        streams.append(engine.submit(mixed(i, [])))
+        if rng.random() < 0.5:
+            rng.choice(streams).cancel()
+        if len(streams) > 20:
+            list(streams.pop(0))
+    for stream in streams:
+        stream.cancel()
+    settle(lambda: engine._thread is None)
+    assert engine.running == engine._model._book.used == 0
+    assert engine._model._memory.capacity <= 64
+    engine.close()
+
+
+def test_a_row_that_the_model_fails_on_takes_down_its_own_request_only():
+    gate = threading.Event()
+
+    def function(ids):
+        gate.wait(30)
+        if 13 in ids:
+            raise ZeroDivisionError("thirteen")
+        return hashed(ids)
+
+    engine = FunctionEngine(function)
+    said = [[] for _ in range(6)]
+    prompts = [(5, 6, 13 if i == 2 else 7, i + 20) for i in range(6)]
+    streams = [engine.submit(talk(4, prompt, Sampling(), out=out)) for prompt, out in zip(prompts, said, strict=True)]
+    gate.set()
+    for i, stream in enumerate(streams):
+        if i == 2:
+            with pytest.raises(ZeroDivisionError, match="thirteen"):
+                list(stream)
+        elif 13 not in said[i]:
+            list(stream)
+            assert len(said[i]) == 4
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", [PackedModel, SeparateModel])
+def test_a_pass_that_breaks_off_halfway_leaves_no_trace(kind):
+    engine = engine_of(kind)
+    expected, found = [], []
+    list(engine.submit(mixed(0, expected)))
+    block = engine._model._taps._blocks[1]
+    calls = []
+
+    def break_off(*_):
+        calls.append(1)
+        if len(calls) in {3, 9}:
+            raise FloatingPointError("halfway")
+
+    engine._model._lean = None
+    handle = block.register_forward_hook(break_off)
+    company = engine.submit(mixed(3, []))
+    list(engine.submit(mixed(0, found)))
+    list(company)
+    handle.remove()
+    engine.close()
+    assert found == expected

@@ -1,0 +1,189 @@
+"""with_structured_output and response_format: thinking runs free, the answer is the value."""
+
+import json
+from typing import TypedDict
+
+import pytest
+from langchain_core.exceptions import OutputParserException
+from langchain_core.messages import HumanMessage
+from pydantic import BaseModel, Field, field_validator
+from pydantic.v1 import BaseModel as BaseModelV1
+
+from langchain_earlyexit import DEER, ChatEarlyExit, FunctionEngine
+from langchain_earlyexit.engines.function import byte_tokenizer, scripted
+from langchain_earlyexit.toolcalls import HERMES
+
+THINKING = "A sum is asked for.\n\nIt is 12.\n\nI say so in JSON."
+VALUE = {"total": 12, "why": "5 + 7"}
+METHODS = ["function_calling", "json_schema", "json_mode"]
+
+
+class Sum(BaseModel):
+    """The sum of two numbers."""
+
+    total: int = Field(description="the sum")
+    why: str = Field(max_length=20)
+
+
+class SumV1(BaseModelV1):
+    """The sum of two numbers."""
+
+    total: int
+    why: str
+
+
+class SumDict(TypedDict):
+    """The sum of two numbers."""
+
+    total: int
+    why: str
+
+
+AS_JSON = {"title": "Sum", "description": "The sum.", **Sum.model_json_schema()}
+
+
+def model(answer=None, **settings):
+    """Answers with the value, as text or as a call, whichever its turn asks for."""
+    tokenizer = byte_tokenizer()
+
+    def either(ids):
+        prompt = tokenizer.decode(ids)
+        name = next((name for name in ("SumV1", "SumDict", "Sum") if f'"name": "{name}"' in prompt), None)
+        text = json.dumps(VALUE) if name is None else HERMES.text([{"name": name, "arguments": VALUE}])
+        return scripted(tokenizer, THINKING, answer or text)(ids)
+
+    return ChatEarlyExit(engine=FunctionEngine(either, tokenizer), seed=1, **settings)
+
+
+def record(message):
+    return message.response_metadata["early_exit"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestEveryMethod:
+    @pytest.mark.parametrize("schema", [Sum, SumV1, SumDict, AS_JSON], ids=["pydantic", "v1", "typeddict", "json"])
+    async def test_the_value_is_of_the_schema_s_kind(self, method, schema):
+        wanted = schema(**VALUE) if isinstance(schema, type) and schema is not SumDict else VALUE
+        chain = model().with_structured_output(schema, method=method)
+        assert chain.invoke("5 + 7?") == wanted
+        assert await chain.ainvoke("5 + 7?") == wanted
+        assert list(chain.stream("5 + 7?"))[-1] == wanted
+
+    def test_the_raw_message_comes_along_where_asked(self, method):
+        told = model().with_structured_output(Sum, method=method, include_raw=True).invoke("5 + 7?")
+        assert told["parsed"] == Sum(**VALUE)
+        assert told["parsing_error"] is None
+        assert record(told["raw"])["reason"] == "natural"
+        assert "think>" not in told["raw"].content
+        assert told["raw"].additional_kwargs["reasoning_content"] == THINKING
+
+    def test_an_answer_that_was_cut_off_is_an_error_and_never_half_a_value(self, method):
+        cap = 45 if method == "function_calling" else 25
+        chain = model(max_tokens=cap, thinking_budget=4).with_structured_output(Sum, method=method)
+        with pytest.raises(OutputParserException, match="cut off"):
+            chain.invoke("5 + 7?")
+        chain = model(max_tokens=cap, thinking_budget=4).with_structured_output(Sum, method=method, include_raw=True)
+        told = chain.invoke("5 + 7?")
+        assert (told["parsed"], type(told["parsing_error"])) == (None, OutputParserException)
+        assert told["raw"].response_metadata["finish_reason"] == "length"
+
+    def test_a_policy_can_stop_the_thinking(self, method):
+        llm = model(exit_policy=DEER(threshold=0.9), temperature=0, include_checks=True)
+        told = llm.with_structured_output(Sum, method=method, include_raw=True).invoke("5 + 7?")
+        assert told["parsed"] == Sum(**VALUE)
+        assert record(told["raw"])["reason"] == "confident"
+        trial = json.loads(record(told["raw"])["trace"]["checks"][0]["answer"])
+        assert trial == ({"name": "Sum", "arguments": VALUE} if method == "function_calling" else VALUE)
+
+    def test_a_validator_of_the_model_s_own_is_heard(self, method):
+        class Small(Sum):
+            """The sum of two numbers."""
+
+            @field_validator("total")
+            @classmethod
+            def below_ten(cls, value):
+                if value >= 10:
+                    raise ValueError("ten or more")
+                return value
+
+        answer = HERMES.text([{"name": "Small", "arguments": VALUE}]) if method == "function_calling" else None
+        with pytest.raises(OutputParserException, match="ten or more"):
+            model(answer).with_structured_output(Small, method=method).invoke("5 + 7?")
+
+
+class TestFormats:
+    def test_a_model_that_would_not_is_held_to_the_schema(self):
+        chain = model("I would rather talk about the weather.", max_tokens=600)
+        message = chain.invoke("5 + 7?", response_format={"type": "json_schema", "json_schema": {"schema": AS_JSON}})
+        assert message.content.startswith('{"total": ')
+
+    def test_json_mode_gives_any_object(self):
+        wanted = {"a": [1, {"b": None}], "c": "\n"}
+        message = model(json.dumps(wanted)).invoke("?", response_format={"type": "json_object"})
+        assert json.loads(message.content) == wanted
+        assert model().with_structured_output(method="json_mode").invoke("?") == VALUE
+
+    def test_streaming_shows_values_that_grow(self):
+        seen = list(model().with_structured_output(AS_JSON, method="json_schema").stream("5 + 7?"))
+        assert len(seen) > 3
+        assert all(set(value) <= set(VALUE) for value in seen)
+
+    def test_stop_strings_do_not_break_json(self):
+        message = model(stop=['"why"']).invoke(
+            "?", response_format={"type": "json_schema", "json_schema": {"schema": AS_JSON}}
+        )
+        assert json.loads(message.content) == VALUE
+
+    def test_tools_and_a_format_give_a_call_or_the_json(self):
+        tool = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "properties": {}}}}
+        bound = {"tools": [tool], "response_format": {"type": "json_schema", "json_schema": {"schema": AS_JSON}}}
+        call = model(HERMES.text([{"name": "ping", "arguments": {}}])).invoke("?", **bound)
+        assert [call["name"] for call in call.tool_calls] == ["ping"]
+        value = model(json.dumps(VALUE)).invoke("?", **bound)
+        assert (value.tool_calls, json.loads(value.content)) == ([], VALUE)
+
+    def test_the_schema_is_shown_to_the_model(self):
+        llm = model()
+        plain = llm.get_num_tokens("x")
+        assert plain == 1
+        seen = []
+
+        def spy(ids):
+            seen.append(byte_tokenizer().decode(ids))
+            return scripted(byte_tokenizer(), THINKING, json.dumps(VALUE))(ids)
+
+        ChatEarlyExit(engine=FunctionEngine(spy)).with_structured_output(Sum, method="json_schema").invoke("?")
+        assert "the sum" in seen[0]
+
+    @pytest.mark.parametrize(
+        ("format_", "says"),
+        [
+            ({"type": "xml"}, "response_format must be"),
+            ({"type": "json_schema"}, "response_format must be"),
+            ({"type": "json_schema", "json_schema": {"name": "S", "schema": {"not": {}}}}, "'S'.*'not'"),
+        ],
+    )
+    def test_what_cannot_be_kept_is_refused_when_it_is_bound(self, format_, says):
+        with pytest.raises(ValueError, match=says):
+            model().bind_tools([], response_format=format_)
+
+    def test_an_unknown_method_or_a_missing_schema_is_refused(self):
+        with pytest.raises(ValueError, match="unknown method 'xml'"):
+            model().with_structured_output(Sum, method="xml")
+        with pytest.raises(ValueError, match="needs a schema"):
+            model().with_structured_output(None, method="json_schema")
+
+    def test_traces_hear_the_schema(self):
+        from langchain_core.callbacks import BaseCallbackHandler
+
+        class Listener(BaseCallbackHandler):
+            options = None
+
+            def on_chat_model_start(self, *args, **kwargs):
+                self.options = kwargs["options"]
+
+        listener = Listener()
+        model().with_structured_output(Sum).invoke([HumanMessage("?")], config={"callbacks": [listener]})
+        told = listener.options["ls_structured_output_format"]
+        assert told["kwargs"]["method"] == "function_calling"
+        assert set(told["schema"]["properties"]) == {"total", "why"}
