@@ -101,11 +101,3 @@ def test_the_card_names_every_arm_and_family():
     said = markdown(card)
     assert "| full thinking | 0.900 |" in said
     assert "| add2 | easy |" in said
-
-
-def test_the_comparison_with_generate_times_both_sides(pocket):
-    from langchain_earlyexit.lab.bench import against_generate
-
-    speed = against_generate(pocket, rounds=1, progress=False)
-    assert len(speed.ours) == len(speed.theirs) == 1
-    assert speed.ratio > 0.2

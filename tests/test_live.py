@@ -77,13 +77,13 @@ class TestReplayGivesTheCountsOfALiveRun:
         assert len(reasons) >= 4
 
     def test_for_a_probe(self, tmp_path):
-        short = {**HOW, "thinking_budget": 60, "max_tokens": 100}
-        with ChatEarlyExit(engine=tiny_reasoner("1}\n"), probe=some_probe(), **short) as model:
+        short = {**HOW, "thinking_budget": 90, "max_tokens": 190}
+        with ChatEarlyExit(engine=tiny_reasoner("w 1}\n\n.a"), probe=some_probe(), **short) as model:
             collect(model, QUESTIONS[:3], tmp_path / "traces.jsonl", depths=(), progress=False)
             test = Collection.read(tmp_path / "traces.jsonl")
             reasons = set()
             for threshold in (0.0, 0.3):
-                arm, out = Arm("arm", LYNX(threshold), budget=60), tmp_path / f"{threshold}.jsonl"
+                arm, out = Arm("arm", LYNX(threshold), budget=90), tmp_path / f"{threshold}.jsonl"
                 run = answer(model, QUESTIONS[:3], arm, out, progress=False)
                 assert agreement(run.outcomes, test.run(LYNX(threshold))) == (3, 3)
                 reasons |= {(outcome.trial_tokens, outcome.reason) for outcome in run.outcomes}

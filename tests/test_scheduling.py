@@ -8,6 +8,7 @@ import pytest
 from engines_for_tests import SEEDED, SIZE, hashed, settle, talk, tiny
 
 from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer
+from langchain_earlyexit.engines.model import Row
 from langchain_earlyexit.engines.packed import PackedModel
 from langchain_earlyexit.engines.pages import PAGE
 from langchain_earlyexit.engines.passes import MIXED
@@ -25,7 +26,7 @@ def engine_of(kind=PackedModel, *, pages=None, reuse=False, **given):
     model = kind(tiny())
     if pages is not None:
         cache = model.new()
-        model.forward([type("Row", (), {"cache": cache, "ids": [1, 2, 3], "layers": ()})()])
+        model.forward([Row(cache, [1, 2, 3])])
         del cache
         if kind is PackedModel:
             model.bound(pages * model._memory.page_bytes, reuse=reuse)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +18,7 @@ States = dict[int, tuple[tuple[NDArray[np.float32], ...], int]]
 states are never read, so none is made up before somebody does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tapped:
+class Tapped(NamedTuple):
     """A row of a pass: tokens `start` to `end` of it, up to token `length` of its branch; read at `depths`."""
 
     states: States
@@ -79,26 +77,30 @@ class Taps:
         rows = [row for row in rows if row.depths]
         if not rows:
             return
-        starts = [max(row.start, row.end - KEPT) for row in rows]
-        wanted = [i for row, start in zip(rows, starts, strict=True) for i in range(start, row.end)]
         size = next(iter(seen.values())).shape[1]
-        # One copy per layer for all rows. Where a pass is no more than what is kept, it is taken as it is.
-        index = None if len(wanted) == size else torch.tensor(wanted, device=next(iter(seen.values())).device)
+        index = None
+        if size > len(rows):  # one copy per layer for all rows; a pass of one token each is taken as it is
+            kept = [i for row in rows for i in range(max(row.start, row.end - KEPT), row.end)]
+            index = torch.tensor(kept, device=next(iter(seen.values())).device)
         taken = {
             block: (out[0] if index is None else out[0, index]).float().cpu().numpy() for block, out in seen.items()
         }
         at = 0
-        for row, start in zip(rows, starts, strict=True):
-            outputs = tuple(taken[block] for block in self.blocks(row.depths))
-            new = row.end - start
-            for position in range(row.length - new, row.length):
-                row.states[position] = (outputs, at)
+        outputs: dict[tuple[float, ...], tuple[NDArray[np.float32], ...]] = {}
+        for states, depths, start, end, length in rows:
+            found = outputs.get(depths)
+            if found is None:
+                found = outputs[depths] = tuple(taken[block] for block in self.blocks(depths))
+            if end - start == 1:
+                states[length - 1] = (found, at)
+                states.pop(length - 1 - KEPT, None)
                 at += 1
-            if new == 1:
-                row.states.pop(row.length - 1 - KEPT, None)
-            else:
-                for position in [p for p in row.states if p < row.length - KEPT]:
-                    del row.states[position]
+                continue
+            for position in range(length - min(end - start, KEPT), length):
+                states[position] = (found, at)
+                at += 1
+            for position in [p for p in states if p < length - KEPT]:
+                del states[position]
 
 
 def forget(states: States, *, from_: int) -> None:
