@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from langchain_earlyexit.chat_models import ChatEarlyExit
     from langchain_earlyexit.engines.function import FunctionEngine
     from langchain_earlyexit.guarantee import Calibration
+    from langchain_earlyexit.init_model import init_chat_model
     from langchain_earlyexit.policies import (
         DEER,
         EAT,
@@ -39,6 +40,7 @@ _HOMES = {
     "chat_models": ("ChatEarlyExit",),
     "engines.function": ("FunctionEngine",),
     "guarantee": ("Calibration",),
+    "init_model": ("init_chat_model",),
     "policies": (
         "DEER",
         "EAT",
@@ -84,6 +86,7 @@ __all__ = [
     "Trace",
     "__version__",
     "get_exit_callback",
+    "init_chat_model",
     "replay",
 ]
 

@@ -7,6 +7,7 @@ for the other keywords would be none.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -33,6 +34,8 @@ _UNENFORCED = (
     "dependencies", "propertyNames", "unevaluatedProperties", "unevaluatedItems", "additionalItems", "$dynamicRef",
     "$recursiveRef", "disallow", "extends", "divisibleBy",
 )  # fmt: skip
+
+_WITH_NUMBERS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
 def checked(schema: Any, what: str) -> dict[str, Any]:
@@ -101,11 +104,31 @@ def _unenforced(part: Schema) -> str | None:
     for key in ("exclusiveMinimum", "exclusiveMaximum"):
         if isinstance(part.get(key), bool):
             return f"the keyword {key!r} is a boolean (draft 4); give the bound itself"
+    for key in _WITH_NUMBERS:
+        rounded = next((number for number in _integers(part.get(key)) if _is_rounded(number)), None)
+        if rounded is not None:
+            return f"the keyword {key!r} holds {rounded}, an integer beyond 2**53 that would be rounded"
     least = part.get("minProperties", 0)
     if isinstance(least, int) and least > max(1, len(part.get("required", ()))):
         # The grammar counts properties but does not keep the names of unlisted ones apart.
         return f"the keyword 'minProperties' asks for {least}, more than 'required' names"
     return None
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """All integers in a JSON value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _integers(inner)
+    elif isinstance(value, int):
+        yield value
+
+
+def _is_rounded(number: int) -> bool:
+    """Whether the grammar compiler, which keeps numbers as 64-bit floats, would let through another integer for it."""
+    return abs(number) > sys.float_info.max or int(float(number)) != number
 
 
 def _is_intersected(part: Schema) -> bool:

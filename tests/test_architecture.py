@@ -18,7 +18,7 @@ ROOMS = {
     "messages": 4, "inert": 4, "prompts": 4,
     "record": 4, "settings": 4, "binding": 4, "replies": 4, "events": 4, "copies": 4,
     "schemas": 4, "promises": 4, "beside": 4, "loading": 4, "grammar": 4, "asks": 4, "toolturns": 4,
-    "structured": 5, "tooled": 5, "chat_models": 5, "callbacks": 5,
+    "structured": 5, "tooled": 5, "chat_models": 5, "init_model": 5, "callbacks": 5,
     "node": 6, "routes": 6, "cascade": 6, "self_consistency": 6, "plan_and_solve": 6,
     "knobs": 6, "agent_steps": 6, "budgeted_agent": 6,
     "graph": 6, "middleware": 6, "lab": 6, "pocket.*": 6,

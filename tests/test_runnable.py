@@ -14,7 +14,7 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import tool
 
-from langchain_earlyexit import DEER, ChatEarlyExit, CoDEStop, FunctionEngine
+from langchain_earlyexit import DEER, ChatEarlyExit, CoDEStop, FunctionEngine, init_chat_model
 from langchain_earlyexit.engines.function import byte_tokenizer, scripted
 from langchain_earlyexit.pocket import CONTEXT_LENGTH, weights_dir
 
@@ -47,7 +47,7 @@ def record(message):
 
 
 class TestConfigurable:
-    """`init_chat_model` knows only its own providers; this is how one model is chosen or set at run time instead."""
+    """How one model is chosen or set at run time."""
 
     def test_every_setting_can_be_made_a_field_of_the_configuration(self):
         llm = chat(seed=1).configurable_fields(
@@ -70,6 +70,33 @@ class TestConfigurable:
         chain = ChatPromptTemplate.from_messages([("human", "{question}")]) | llm
         assert chain.invoke({"question": QUESTION}).text == "The answer is 4."
         assert chain.invoke({"question": QUESTION}, config={"configurable": {"llm": "five"}}).text == "It is 5."
+
+
+class TestInit:
+    def test_a_name_with_our_provider_before_it_makes_our_model(self):
+        llm = init_chat_model("earlyexit:pocket", thinking_budget=5)
+        assert isinstance(llm, ChatEarlyExit)
+        assert (llm.model, llm.thinking_budget) == ("pocket", 5)
+        assert init_chat_model("org/model", model_provider="earlyexit").model == "org/model"
+
+    def test_the_fields_that_are_opened_can_be_set_by_a_run_and_no_others(self):
+        llm = init_chat_model("earlyexit:pocket", seed=1, configurable_fields="any", config_prefix="thinker")
+        asked = {"configurable": {"thinker_thinking_budget": 3, "thinker_model": "elsewhere", "thinking_budget": 9}}
+        assert record(llm.invoke(QUESTION, config=asked))["budget"] == 3
+        opened = init_chat_model("earlyexit:pocket", configurable_fields=["model"])
+        assert [field.id for field in opened.config_specs] == ["model"]
+
+    def test_bad_fields_and_a_prefix_for_none_are_errors(self):
+        with pytest.raises(ValueError, match=r"names \['budgets'\], which ChatEarlyExit has not"):
+            init_chat_model("earlyexit:pocket", configurable_fields=["budgets"])
+        with pytest.raises(ValueError, match="nothing would have the prefix"):
+            init_chat_model("earlyexit:pocket", config_prefix="a")
+
+    def test_other_names_are_langchains(self):
+        with pytest.raises(ImportError, match="langchain-anthropic"):
+            init_chat_model("anthropic:claude-sonnet-4-5")
+        with pytest.raises(ValueError, match="Unable to infer model provider"):
+            init_chat_model("of-nobody")
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
