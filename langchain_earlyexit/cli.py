@@ -116,9 +116,9 @@ def _bench(given: argparse.Namespace) -> None:
 def _agents_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=positive, default=500, help="held-out problems of three to six steps")
     parser.add_argument("--model", default="pocket", help="pocket, or the directory of a model that plans as it does")
-    parser.add_argument("--train", type=positive, default=400, help="runs that teach the probes")
-    parser.add_argument("--choose", type=positive, default=200, help="other runs, to choose settings on")
-    parser.add_argument("--certify", type=positive, default=400, help="other runs, to certify a rule on")
+    parser.add_argument("--train", type=positive, default=500, help="runs that teach the probes")
+    parser.add_argument("--choose", type=positive, default=600, help="other runs, to choose settings on")
+    parser.add_argument("--certify", type=positive, default=500, help="other runs, to certify a rule on")
     parser.add_argument("--epsilon", type=float, default=0.1, help="share of runs that the certified rule may change")
     parser.add_argument("--width", type=positive, default=32, help="problems in flight")
     parser.add_argument("--seed", type=int, default=0, help="draws the problems, and the chains of thought")

@@ -256,4 +256,6 @@ class TestChoosing:
         runs = simulated([(0.9, True)] * 9 + [(0.4, False)])
         judged = judge_rules(runs, {"step": [DEER(0.6), DEER(0.2)]}, self.right)
         assert cheapest(judged, 0.05).rule == {"step": DEER(0.6)}
-        assert cheapest(judged, 0.1).rule == {"step": DEER(0.2)}
+        assert judged[-1].error == pytest.approx(0.3 / 10**0.5)
+        assert cheapest(judged, 0.1).rule == {"step": DEER(0.6)}, "lost just that, but might lose more elsewhere"
+        assert cheapest(judged, 0.2).rule == {"step": DEER(0.2)}

@@ -35,12 +35,14 @@ class Judged:
         right: share of runs whose calls all are right. Where a call changes, those after it are judged as they were in
             full thinking, which a live run would not have asked alike: good for choosing, not for reporting.
         changed: share of runs with a call that is answered otherwise.
+        error: standard error of the difference in `right` to full thinking, paired by run.
     """
 
     rule: Rule
     tokens: float
     right: float
     changed: float
+    error: float = 0.0
 
 
 def judge_rules(runs: Runs, candidates: Candidates, right: Right) -> list[Judged]:
@@ -55,6 +57,7 @@ def judge_rules(runs: Runs, candidates: Candidates, right: Right) -> list[Judged
     columns = {node: [_column(runs, node, policy, right) for policy in found] for node, found in settings.items()}
     rest = _columns_of_others(runs, settings, right)
     rules = []
+    full = reduce(np.logical_and, (rest.right, *(found[0].right for found in columns.values())))
     for chosen in product(*(range(len(found)) for found in settings.values())):
         rule = {node: settings[node][i] for node, i in zip(settings, chosen, strict=True)}
         parts = [rest, *(columns[node][i] for node, i in zip(settings, chosen, strict=True))]
@@ -62,17 +65,23 @@ def judge_rules(runs: Runs, candidates: Candidates, right: Right) -> list[Judged
         all_right = reduce(np.logical_and, (part.right for part in parts))
         changed = reduce(np.logical_or, (part.changed for part in parts))
         leaving = {node: policy for node, policy in rule.items() if policy.looks}
-        rules.append(Judged(leaving, float(tokens), float(all_right.mean()), float(changed.mean())))
+        error = (all_right.astype(float) - full).std() / np.sqrt(len(full))
+        rules.append(Judged(leaving, float(tokens), float(all_right.mean()), float(changed.mean()), float(error)))
     return rules
 
 
 def cheapest(rules: Sequence[Judged], tolerance: float) -> Judged:
-    """The rule of the fewest tokens whose share of right runs is at most `tolerance` below that of the first.
+    """The rule of the fewest tokens that surely loses little: one standard error more than it lost is tolerated too.
 
-    The share is that on the runs judged, so a little of it is luck: report what it does elsewhere.
+    Of many rules that do about as well, the fewest tokens would else be those of the luckiest. A little luck is left:
+    report what the rule does elsewhere.
+
+    Args:
+        rules: the first thinks to the end, and is chosen where no other will do.
+        tolerance: share of right runs.
     """
-    fit = [rule for rule in rules if rule.right >= rules[0].right - tolerance]
-    return min(fit, key=lambda rule: rule.tokens)
+    fit = [rule for rule in rules[1:] if rules[0].right - rule.right + rule.error <= tolerance]
+    return min([rules[0], *fit], key=lambda rule: rule.tokens)
 
 
 def bolder_and_bolder(rules: Sequence[Judged], steps: int = 24) -> tuple[Rule, ...]:
