@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         GiveUp,
         Never,
         Policy,
+        ProbeThenTrial,
         ThinkBrake,
         replay,
     )
@@ -51,6 +52,7 @@ _HOMES = {
         "GiveUp",
         "Never",
         "Policy",
+        "ProbeThenTrial",
         "ThinkBrake",
         "replay",
     ),
@@ -82,6 +84,7 @@ __all__ = [
     "Never",
     "Policy",
     "Probe",
+    "ProbeThenTrial",
     "ThinkBrake",
     "Trace",
     "__version__",

@@ -209,6 +209,8 @@ class Run:
             signals["end_margin"] = token.best - token.watched[0]
         if "p_safe" in needs and request.probe is not None:
             signals["p_safe"] = yield from trunk.measure(p_safe(request.probe, trunk.start, hit))
+        # What costs tokens comes last: a policy may not want it, by what was measured for nothing.
+        needs &= needs_at(request.policy, hit.kind, signals)
         if "end_entropy" in needs:
             closing = request.bare_closing
             asking = end_entropy(next(self._branches), place, closing, trunk.beside)

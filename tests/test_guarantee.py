@@ -8,7 +8,17 @@ from typing import ClassVar
 import pytest
 from traces_for_tests import BINDS
 
-from langchain_earlyexit import DEER, EAT, AnswerConvergence, CoDEStop, FirstOf, Never, Policy, ThinkBrake
+from langchain_earlyexit import (
+    DEER,
+    EAT,
+    AnswerConvergence,
+    CoDEStop,
+    FirstOf,
+    Never,
+    Policy,
+    ProbeThenTrial,
+    ThinkBrake,
+)
 from langchain_earlyexit.guarantee import Calibration, Level, Setting, call_fingerprint, with_policy
 from langchain_earlyexit.policies import LYNX, GiveUp
 from langchain_earlyexit.policy_json import kind_of, policy_from_dict, policy_to_dict
@@ -234,6 +244,7 @@ POLICIES = [
     LYNX(q_safe=0.2, q_unsafe=math.inf),
     EAT(alpha=0.2),
     ThinkBrake(0.5),
+    ProbeThenTrial(sure=0.9, ask=0.2),
     AnswerConvergence(k=7),
     GiveUp(signal="p_safe"),
     FirstOf(CoDEStop(), FirstOf(GiveUp(), ThinkBrake())),

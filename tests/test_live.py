@@ -10,12 +10,23 @@ from reasoners_for_tests import tiny_reasoner
 from test_lynx import some_probe
 
 from langchain_earlyexit import ChatEarlyExit
+from langchain_earlyexit.beside import probe_beside
 from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer
 from langchain_earlyexit.lab.collect import collect
 from langchain_earlyexit.lab.live import DRAFT_PROMPT, FULL, NO_THINKING, Arm, answer, arm_of, capped, read_live
 from langchain_earlyexit.lab.replays import Collection, agreement
 from langchain_earlyexit.pocket.problems import sample
-from langchain_earlyexit.policies import DEER, EAT, LYNX, AnswerConvergence, CoDEStop, FirstOf, GiveUp, ThinkBrake
+from langchain_earlyexit.policies import (
+    DEER,
+    EAT,
+    LYNX,
+    AnswerConvergence,
+    CoDEStop,
+    FirstOf,
+    GiveUp,
+    ProbeThenTrial,
+    ThinkBrake,
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,21 @@ class TestReplayGivesTheCountsOfALiveRun:
                 reasons |= {(outcome.trial_tokens, outcome.reason) for outcome in run.outcomes}
         assert (0, "sufficient") in reasons
 
+    @pytest.mark.parametrize("look", ["parallel", "wait"])
+    def test_for_a_probe_that_asks_for_a_trial_where_it_is_not_sure(self, tmp_path, look):
+        short = {**HOW, "thinking_budget": 90, "max_tokens": 190}
+        with ChatEarlyExit(engine=tiny_reasoner("w 1}\n\n.a"), probe=some_probe(), **short) as model:
+            collect(model, QUESTIONS[:3], tmp_path / "traces.jsonl", depths=(), progress=False)
+            test = Collection.read(tmp_path / "traces.jsonl", look)
+            ended = set()
+            for number, fields in enumerate(((0.0, 0.0, 1), (0.57, 0.5, 1), (1, 1, 1), (1, 0.2, 1))):
+                policy = ProbeThenTrial(*fields)
+                out = tmp_path / f"{number}.jsonl"
+                run = answer(model, QUESTIONS[:3], Arm("arm", policy, budget=90), out, progress=False, look=look)
+                assert agreement(run.outcomes, test.run(policy)) == (3, 3), policy
+                ended |= {(outcome.reason, outcome.trial_tokens > 0) for outcome in run.outcomes}
+        assert {("sufficient", False), ("budget", True), ("budget", False)} <= ended
+
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["paragraph", "sentence", "interval"])
     def test_for_every_policy_at_five_settings_or_more(self, llm, tmp_path, kind):
@@ -116,16 +142,17 @@ class TestReplayGivesTheCountsOfALiveRun:
 
     def test_on_the_bundled_model(self, pocket, tmp_path):
         problems = [Asked(f"p{i}", p.question, p.answer) for i, p in enumerate(sample("dev", 12, 5))]
-        with ChatEarlyExit(model=pocket, thinking_budget=120) as model:
+        with ChatEarlyExit(model=pocket, probe=probe_beside("pocket"), thinking_budget=120) as model:
             collect(model, problems, tmp_path / "traces.jsonl", depths=(), progress=False)
             test = Collection.read(tmp_path / "traces.jsonl")
             left = set()
-            for policy in (DEER(0.7), DEER(0.99), CoDEStop(tau=1.0)):
+            for policy in (DEER(0.7), DEER(0.99), CoDEStop(tau=1.0), ProbeThenTrial(sure=0.99, ask=0.3, threshold=0.9)):
                 arm = Arm("arm", policy, budget=120)
                 run = answer(model, problems, arm, tmp_path / f"{policy}.jsonl", progress=False)
                 assert agreement(run.outcomes, test.run(policy)) == (12, 12)
                 left |= {outcome.thinking_tokens for outcome in run.outcomes}
         assert len(left) > 6
+        assert {"sufficient", "confident"} <= {outcome.reason for outcome in run.outcomes}
 
 
 class TestRuns:

@@ -16,6 +16,7 @@ from langchain_earlyexit.policies import (
     GiveUp,
     Never,
     Policy,
+    ProbeThenTrial,
     ThinkBrake,
     needs_at,
     policy_from_name,
@@ -313,7 +314,7 @@ def test_a_policy_goes_by_its_name(name, policy):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-    known = "codestop, convergence, deer, eat, giveup, lynx, never, thinkbrake"
+    known = "codestop, convergence, deer, eat, giveup, lynx, never, probethentrial, thinkbrake"
     with pytest.raises(ValueError, match=f"unknown exit policy 'dear'; known are {known}"):
         policy_from_name("dear")
 
@@ -388,6 +389,41 @@ class TestEAT:
     def test_fields_that_cannot_be_meant_are_refused(self, fields):
         with pytest.raises(ValueError, match="must be"):
             EAT(**fields)
+
+
+class TestProbeThenTrial:
+    policy = ProbeThenTrial(sure=0.9, ask=0.5, threshold=0.8)
+
+    @staticmethod
+    def trace(*measured):
+        names = ("p_safe", "trial_confidence")
+        checks = (dict(zip(names, values, strict=False)) for values in measured)
+        return Trace(tuple(Check(i + 1, "Wait", signals) for i, signals in enumerate(checks)))
+
+    def test_where_the_probe_is_sure_it_decides_alone(self):
+        assert self.policy.decide(self.trace((0.95,))) == Decision(True, "sufficient", 0.95)
+        assert self.policy.decide(self.trace((0.95, 0.1))).exit
+        assert self.policy.decide(self.trace((0.5, 0.99))) == Decision(False, "natural", 0.5)
+
+    def test_in_between_a_trial_answer_decides(self):
+        assert self.policy.decide(self.trace((0.9, 0.81))) == Decision(True, "confident", 0.81)
+        assert self.policy.decide(self.trace((0.6, 0.8))) == Decision(False, "natural", 0.8)
+        assert replay(self.policy, self.trace((0.4, 0.9), (0.6, 0.7), (0.7, 0.9), (0.99, 0.9))) == 2
+
+    def test_what_could_not_be_measured_is_no_reason_to_leave(self):
+        assert replay(self.policy, self.trace((), (math.nan, 0.99), (0.6,), (0.6, math.nan))) is None
+
+    def test_a_trial_answer_is_asked_for_in_between_alone(self):
+        for p, asked in ((0.5, False), (0.51, True), (0.9, True), (0.91, False)):
+            assert ("trial_confidence" in needs_at(self.policy, "reflection", {"p_safe": p})) == asked
+        assert needs_at(self.policy, "reflection") == {"p_safe", "trial_confidence"}
+        assert needs_at(self.policy, "sentence", {"p_safe": 0.6}) == frozenset()
+        assert needs_at(FirstOf(self.policy, DEER()), "reflection", {"p_safe": 0.1}) >= {"trial_confidence"}
+
+    @pytest.mark.parametrize("fields", [{"sure": 1.5}, {"ask": -0.1}, {"threshold": 2}, {"sure": 0.5, "ask": 0.6}])
+    def test_fields_that_cannot_be_meant_are_refused(self, fields):
+        with pytest.raises(ValueError, match=r"must be|is above sure=0.5"):
+            ProbeThenTrial(**fields)
 
 
 class TestThinkBrake:

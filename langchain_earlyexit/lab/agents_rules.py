@@ -25,7 +25,7 @@ from langchain_earlyexit.lab.trajectories import Model, collect_runs, node_path
 from langchain_earlyexit.plan_and_solve import create_plan_and_solve
 from langchain_earlyexit.pocket.plans import MAX_STEPS, PlanProblem, evaluate_plan, plan_text, sample_plans
 from langchain_earlyexit.pocket.problems import Split
-from langchain_earlyexit.policies import DEER, LYNX, FirstOf, GiveUp, Policy
+from langchain_earlyexit.policies import DEER, LYNX, FirstOf, GiveUp, Policy, ProbeThenTrial
 from langchain_earlyexit.probe import Probe
 from langchain_earlyexit.trace import Trace
 
@@ -39,6 +39,9 @@ _DOUBTS: Final = (0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 
 
 _TRIAL_DOUBTS: Final = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1)
 """The same of DEER's: trial answers are surer of themselves."""
+
+_SURE_DOUBTS, _ASK_DOUBTS = (0.0, 0.01, 0.02), (0.1, 0.2)
+"""Where the probe of ProbeThenTrial decides alone."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,16 @@ def plans_of(model: Model) -> Runnable[Any, Any]:
 
 
 def _candidates(probes: Collection[str]) -> Candidates:
-    """LYNX, which looks for nothing, where there is a probe, and DEER."""
+    """DEER; and, where there is a probe, LYNX, which looks for nothing, and both in turn."""
     lynx = [LYNX(threshold=round(1 - doubt, 4)) for doubt in _DOUBTS]
     deer = [DEER(threshold=round(1 - doubt, 4)) for doubt in _TRIAL_DOUBTS]
-    return {node: [*(lynx if node in probes else ()), *deer] for node in NODES}
+    both = [
+        ProbeThenTrial(sure=1 - sure, ask=1 - ask, threshold=round(1 - doubt, 4))
+        for sure in _SURE_DOUBTS
+        for ask in _ASK_DOUBTS
+        for doubt in _TRIAL_DOUBTS[1::2]
+    ]
+    return {node: [*(lynx + both if node in probes else ()), *deer] for node in NODES}
 
 
 def _probe(folder: Path, node: str, seed: int, *, anew: bool) -> Probe | None:

@@ -129,7 +129,7 @@ def replayed(policy: Policy, trace: Trace, at: int | None, closing: Closing, loo
         look: as in `ChatEarlyExit`.
     """
     looked = [
-        (i, needs_at(policy, check.kind))
+        (i, needs_at(policy, check.kind, check.signals))
         for i, check in enumerate(trace.checks[: None if at is None else at + 1])
         if check.kind in policy.looks
     ]

@@ -20,6 +20,7 @@ from langchain_earlyexit.policies import (
     GiveUp,
     Never,
     Policy,
+    ProbeThenTrial,
     ThinkBrake,
 )
 
@@ -38,6 +39,7 @@ def path_of(policy: Policy) -> Path:
     - CoDE-Stop: one factor u, in equal ratios, multiplies 1 - r_min and 1 - r_max and divides tau: both ways of
       leaving grow bolder together, for with either alone the other could be past what is safe from the start. At
       u = 1 this is `policy` itself.
+    - ProbeThenTrial: one factor u, in equal ratios, multiplies 1 - sure, 1 - ask and 1 - threshold, up to 1 each.
     - EAT: threshold from 1e-9 to 1, in equal ratios.
     - ThinkBrake: margin 0, then from 0.001 to 20 nats in equal ratios.
     - AnswerConvergence: k from 40 down to 2.
@@ -88,6 +90,17 @@ def _lynx(policy: LYNX) -> list[Policy]:
     return _thresholds(policy)
 
 
+def _probe_then_trial(policy: ProbeThenTrial) -> list[Policy]:
+    fields = {name: 1 - getattr(policy, name) for name in ("sure", "ask", "threshold")}
+    least, most = min(fields.values()), max(fields.values())
+    if least == 0:
+        raise ValueError(f"{policy!r} has a field of 1, which is never passed, whatever its doubt is multiplied with")
+    return [
+        replace(policy, **{name: max(0.0, round(1 - u * doubt, 12)) for name, doubt in fields.items()})
+        for u in _ratios(1e-6 / most, 1 / least)
+    ]
+
+
 def _eat(policy: EAT) -> list[Policy]:
     return [replace(policy, threshold=threshold) for threshold in _ratios(1e-9, 1.0)]
 
@@ -112,6 +125,7 @@ _SETTINGS: Final[dict[type[Any], Callable[[Any], list[Policy]]]] = {
     ThinkBrake: _thinkbrake,
     AnswerConvergence: _convergence,
     GiveUp: _giveup,
+    ProbeThenTrial: _probe_then_trial,
 }
 
 

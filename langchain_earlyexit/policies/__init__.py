@@ -14,6 +14,7 @@ from typing import Final
 
 from langchain_earlyexit.policies.looking import DECISION_POINTS
 from langchain_earlyexit.policies.policy import FirstOf, Never, Policy, needs_at, replay, wanted_kinds
+from langchain_earlyexit.policies.staged import ProbeThenTrial
 from langchain_earlyexit.policies.states import EAT, LYNX, ThinkBrake
 from langchain_earlyexit.policies.trials import DEER, AnswerConvergence, CoDEStop, GiveUp
 
@@ -28,6 +29,7 @@ __all__ = [
     "GiveUp",
     "Never",
     "Policy",
+    "ProbeThenTrial",
     "ThinkBrake",
     "needs_at",
     "policy_from_name",
@@ -44,6 +46,7 @@ _BY_NAME: Final[Mapping[str, Callable[[], Policy]]] = {
     "eat": EAT,
     "thinkbrake": ThinkBrake,
     "giveup": GiveUp,
+    "probethentrial": ProbeThenTrial,
 }
 
 

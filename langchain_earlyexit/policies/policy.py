@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol, runtime_checkable
 
@@ -38,10 +39,25 @@ def replay(policy: Policy, trace: Trace) -> int | None:
     return None
 
 
-def needs_at(policy: Policy, kind: str) -> frozenset[str]:
-    """Signals that `policy` reads at a check of `kind`; empty where it does not look."""
+@runtime_checkable
+class Staged(Protocol):
+    """A policy that needs some of its signals only where others, which cost nothing, leave the question open."""
+
+    def asks(self, signals: Mapping[str, float]) -> frozenset[str]:
+        """Of its `needs`, those to be measured at a check where `signals` have been. Its decision rests on no other."""
+
+
+def needs_at(policy: Policy, kind: str, signals: Mapping[str, float] | None = None) -> frozenset[str]:
+    """Signals that `policy` reads at a check of `kind`; empty where it does not look.
+
+    Args:
+        policy: any policy.
+        kind: of the check.
+        signals: what has been measured there, for policies that ask for the rest by it; None for all that may be read.
+    """
     leaves = [leaf for leaf in _leaves(policy) if kind in leaf.looks]
-    return frozenset().union(*(leaf.needs for leaf in leaves))
+    wanted = (leaf.asks(signals) if signals is not None and isinstance(leaf, Staged) else leaf.needs for leaf in leaves)
+    return frozenset().union(*wanted)
 
 
 def wanted_kinds(policy: Policy, primary: frozenset[str], offered: frozenset[str]) -> frozenset[str]:
