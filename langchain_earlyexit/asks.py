@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 
 from langchain_earlyexit.schemas import checked
@@ -100,8 +100,14 @@ def as_tools(tools: Sequence[Any], *, strict: bool | None = None) -> tuple[Mappi
 
 
 def as_tool(tool: Any, *, strict: bool | None = None) -> dict[str, Any]:
-    """LangChain's `convert_to_openai_tool`, and whole where that cuts a model that refers to itself down to {}."""
+    """LangChain's `convert_to_openai_tool`, and whole where that cuts something down to {}.
+
+    It does so to a model that refers to itself, and to a JSON schema that lists no properties.
+    """
     converted = convert_to_openai_tool(tool, strict=strict)
+    if isinstance(tool, Mapping) and "title" in tool and "parameters" not in converted.get("function", {}):
+        whole = {key: value for key, value in tool.items() if key not in ("title", "description")}
+        return {**converted, "function": {**converted["function"], "parameters": whole}}
     model = tool if isinstance(tool, type) else getattr(tool, "tool_call_schema", None)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return converted
@@ -123,8 +129,19 @@ def _reached(schema: Any, parts: Mapping[str, Any], found: frozenset[str] = froz
 
 
 def parameters_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The checked schema of a function's arguments, which are always an object."""
-    schema = {"properties": {}, **(function.get("parameters") or {}), "type": "object"}
+    """The checked schema of a function's arguments, which are always an object.
+
+    Raises:
+        ValueError: it describes something else, or cannot be enforced.
+    """
+    given = function.get("parameters") or {}
+    kind = given.get("type", "object")
+    if "object" not in kind:  # a type or a list of types
+        raise ValueError(
+            f"the tool {function['name']!r} takes a value of type {kind!r}, but the arguments of a call are always an "
+            "object; put the value into a field of one"
+        )
+    schema = {"properties": {}, **given, "type": "object"}
     return _checked(json.dumps(schema), f"tool {function['name']!r}")
 
 
@@ -191,7 +208,13 @@ def json_schema(schema: Any) -> dict[str, Any]:
     """The JSON schema of anything LangChain knows as one."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return schema.model_json_schema()  # LangChain's own cuts what refers to itself down to {}
-    return convert_to_json_schema(schema)
+    function = as_tool(schema).get("function")
+    if function is None:
+        raise ValueError(
+            f"a schema must be a pydantic model, a TypedDict or a JSON schema with a title, not {schema!r}"
+        )
+    told = {"title": function["name"], "description": function.get("description"), **function.get("parameters", {})}
+    return {key: value for key, value in told.items() if value is not None}
 
 
 @lru_cache(maxsize=256)

@@ -199,7 +199,7 @@ class Binding:
             tags=None if self.tags is None else (self.tags.start, self.tags.end),
             policy=policy,
             cues=self.cues,
-            form=self._json_form(asks) or self._form(settings.answer_form, messages),
+            form=self._json_form(asks, settings.answer_reserve) or self._form(settings.answer_form, messages),
             bounds=self._bounds(asks),
             message=self.family.budget_message if message is None else message,
             budget=settings.budget,
@@ -232,14 +232,16 @@ class Binding:
         # What a checkpoint that samples leaves unsaid is transformers' default of 1.0, not greedy.
         return {"temperature": 1.0, **self.family.sampling, **config}
 
-    def _json_form(self, asks: Asks) -> AnswerForm | None:
-        """The form of a turn that may call or must be JSON, whatever form other turns have; else None."""
-        if asks.callables:
-            form = self.turns.format
-            if asks.forced:
-                return ToolCall.forced(form)
-            return ToolCall(format=form, otherwise=TEXT if asks.schema is None else JSON)
-        return None if asks.schema is None else JSON
+    def _json_form(self, asks: Asks, reserve: int | None) -> AnswerForm | None:
+        """The form of a turn that may call or must be JSON, whatever form other turns have; else None.
+
+        A trial is worth the tokens that are kept for the answer: where those were asked for, it may take as many.
+        """
+        otherwise = TEXT if asks.schema is None else replace(JSON, trial_cap=max(JSON.trial_cap, reserve or 0))
+        if not asks.callables:
+            return None if asks.schema is None else otherwise
+        form = ToolCall.forced(self.turns.format) if asks.forced else ToolCall(format=self.turns.format)
+        return replace(form, trial_cap=max(form.trial_cap, reserve or 0), otherwise=TEXT if asks.forced else otherwise)
 
     def _bounds(self, asks: Asks) -> Bounds | None:
         tools, schema, form = asks.callables, asks.schema, self.turns.format
@@ -247,14 +249,16 @@ class Binding:
             return None if schema is None else Bounds(self.grammars.schema(schema))
         if asks.forced:
             return Bounds(self.grammars.calls(form, tools, parallel=asks.parallel), form, said=form.lead)
-        if schema is not None and form.at_start and next(iter(schema.get("properties", ())), "") == "name":
+        in_letters = self.codec.single(form.trigger) is None
+        if schema is not None and in_letters and self.grammars.schema(schema).start(form.trigger[:1]) is not None:
             raise ValueError(
-                f"this model begins its calls ({form.name}) as the response format begins, with {form.trigger!r}; "
-                "put another property of the schema first, or give tools and response_format in calls of their own"
+                f"this model begins its calls ({form.name}) as the response format may begin, with "
+                f"{form.trigger[:1]!r}, and a grammar cannot tell them apart; give tools and response_format in calls "
+                "of their own, or give the response format as one more tool"
             )
-        return Bounds(
-            self.grammars.calls(form, tools, parallel=asks.parallel, otherwise=schema), form, at_once=schema is not None
-        )
+        grammar = self.grammars.calls(form, tools, parallel=asks.parallel, otherwise=schema)
+        names = tuple(tool["name"] for tool in tools)
+        return Bounds(grammar, form, at_once=schema is not None, names=names)
 
     def _form(self, wanted: str | AnswerForm, messages: Sequence[BaseMessage]) -> AnswerForm:
         if isinstance(wanted, AnswerForm):

@@ -37,7 +37,7 @@ def create_budgeted_agent(
 
     Unlike the bare middleware's, its `ledger` is part of input and output, and its state may bring a `budget` and a
     `risk`, which stand over the arguments: as a node of a graph over `ReasoningState` the agent spends the graph's
-    own budget.
+    own budget, or, where that has weights, its node's share.
 
     Args:
         model: a chat model, or a name as `create_agent` takes it.
@@ -58,7 +58,8 @@ def create_budgeted_agent(
 
     Raises:
         ImportError: langchain is not installed.
-        ValueError: as `ReasoningBudgetMiddleware`; a confidence and a model that has no calibration for it.
+        ValueError: as `ReasoningBudgetMiddleware`; a confidence and a model that has no calibration for it; an
+            irreversible tool that is not among the agent's.
     """
     # Graphs of nodes do without langchain: it is an extra, and the first of these says so where it is missing.
     from langchain_earlyexit.middleware import BudgetedAgentState, ReasoningBudgetMiddleware
@@ -79,6 +80,7 @@ def create_budgeted_agent(
     )
     if not isinstance(model, str):
         budgeting.check(model)
+    budgeting.check_tools([*tools, *(tool for one in middleware for tool in getattr(one, "tools", ()))])
     return create_agent(
         model,
         list(tools),

@@ -107,6 +107,25 @@ def next_share(remaining: int, weight: float, later: Sequence[float]) -> int:
     return math.floor(remaining * _shares([weight, *later])[0])
 
 
+def pace(total: int, remaining: int, weights: Sequence[float], to_come: Sequence[float]) -> float | None:
+    """The part of the tokens that is left, over the part of the weight that is to come: below 1, the run overspends.
+
+    Args:
+        total: tokens of the run, at least 0.
+        remaining: tokens left of it.
+        weights: of all steps.
+        to_come: weights of the next step and those after it.
+
+    Returns:
+        None where there were no tokens, or nothing that weighs anything is to come.
+
+    Raises:
+        ValueError: a bad weight.
+    """
+    whole, ahead = sum(_weighed(weights)), sum(_weighed(to_come))
+    return float(Fraction(remaining, total) * whole / ahead) if total and ahead else None
+
+
 def spread_risk(epsilon: float, weights: Mapping[str, float]) -> dict[str, float]:
     """Risk of each step, in proportion to its weight, fixed before the run; exactly 0 where the weight is 0.
 
@@ -172,12 +191,16 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
     """Exact shares that add up to 1."""
     if not weights:
         raise ValueError("there is no step to give anything to")
+    exact = _weighed(weights)
+    total = sum(exact)
+    return [weight / total for weight in exact] if total else [Fraction(1, len(exact))] * len(exact)
+
+
+def _weighed(weights: Sequence[float]) -> list[Fraction]:
     bad = [weight for weight in weights if not (math.isfinite(weight) and weight >= 0)]
     if bad:
         raise ValueError(f"weights must be finite and at least 0, got {bad[0]}")
-    exact = [Fraction(weight) for weight in weights]
-    total = sum(exact)
-    return [weight / total for weight in exact] if total else [Fraction(1, len(exact))] * len(exact)
+    return [Fraction(weight) for weight in weights]
 
 
 def _risk(epsilon: float) -> None:

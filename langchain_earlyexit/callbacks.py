@@ -90,14 +90,27 @@ class ExitCallbackHandler(BaseCallbackHandler):
                 totals.add(record)
 
 
-_current: ContextVar[ExitCallbackHandler | None] = ContextVar("earlyexit_callback", default=None)
-# Once per process: every registration stays for good and is walked at every call.
-register_configure_hook(_current, inheritable=True)
+# Core takes one handler from each variable that it was told of. So blocks inside each other have one each: the first
+# depth, the second, and so on. Every registration stays for good and is walked at every call, so all blocks share them.
+_depths: list[ContextVar[ExitCallbackHandler | None]] = []
+_registering = threading.Lock()
+
+
+def _free() -> ContextVar[ExitCallbackHandler | None]:
+    """The variable of the depth below the blocks that are open here."""
+    with _registering:
+        for depth in _depths:
+            if depth.get() is None:
+                return depth
+        depth = ContextVar(f"earlyexit_callback_{len(_depths)}", default=None)
+        register_configure_hook(depth, inheritable=True)
+        _depths.append(depth)
+        return depth
 
 
 @contextmanager
 def get_exit_callback() -> Iterator[ExitCallbackHandler]:
-    """Gather the exits of every call made inside the block.
+    """Gather the exits of every call made inside the block; a block around it gathers them too.
 
     Example:
         >>> from langchain_earlyexit import ChatEarlyExit, get_exit_callback
@@ -105,9 +118,9 @@ def get_exit_callback() -> Iterator[ExitCallbackHandler]:
         ...     ChatEarlyExit().invoke("What is 12 * 7?")  # doctest: +SKIP
         >>> exits.totals  # doctest: +SKIP
     """
-    handler = ExitCallbackHandler()
-    token = _current.set(handler)
+    handler, depth = ExitCallbackHandler(), _free()
+    token = depth.set(handler)
     try:
         yield handler
     finally:
-        _current.reset(token)
+        depth.reset(token)

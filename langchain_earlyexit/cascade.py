@@ -15,7 +15,8 @@ from typing_extensions import TypedDict
 
 from langchain_earlyexit.budgets import RISK_WEIGHTS
 from langchain_earlyexit.ledger import Ledger, merge_ledgers
-from langchain_earlyexit.node import Limits, ReasoningState, ask_human, reasoning_node
+from langchain_earlyexit.limits import Limits, PartState
+from langchain_earlyexit.node import ReasoningState, ask_human, reasoning_node
 from langchain_earlyexit.routes import route_by_confidence
 
 
@@ -62,18 +63,18 @@ def create_cascade(
     """
     limits = Limits(name, budget, None, epsilon, {"small": RISK_WEIGHTS["routine"]})
     limits.check(small)
-    builder = StateGraph(ReasoningState, output_schema=Answered)
-    builder.add_node("begin", limits.of)
+    builder = StateGraph(PartState, input_schema=ReasoningState, output_schema=Answered)
+    builder.add_node("begin", limits.begin)
     builder.add_node("small", reasoning_node(small, name="small", share=small_share))
     builder.add_node("large", reasoning_node(large, name="large", replaces=("small",)))
     builder.add_edge(START, "begin")
     builder.add_edge("begin", "small")
     builder.add_conditional_edges(
-        "small", route_by_confidence(END, escalate="large", threshold=threshold), [END, "large"]
+        "small", route_by_confidence(END, escalate="large", threshold=threshold, step="small"), [END, "large"]
     )
     if ask:
         builder.add_node("human", ask_human())
         builder.add_conditional_edges(
-            "large", route_by_confidence(END, ask="human", threshold=threshold), [END, "human"]
+            "large", route_by_confidence(END, ask="human", threshold=threshold, step="large"), [END, "human"]
         )
     return builder.compile(checkpointer=checkpointer, name=name)

@@ -10,36 +10,28 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
+from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
-from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
+from langchain_core.runnables.utils import AnyConfigurableField
+from pydantic import PrivateAttr, model_validator
 
-from langchain_earlyexit._version import __version__
-from langchain_earlyexit.answers import AnswerForm
 from langchain_earlyexit.asks import Asks, as_tool
 from langchain_earlyexit.binding import Binding
+from langchain_earlyexit.configurable import ConfiguredFields
 from langchain_earlyexit.controller import program
 from langchain_earlyexit.copies import Copied
 from langchain_earlyexit.engines.program import Stream
 from langchain_earlyexit.events import Blocks
+from langchain_earlyexit.fields import Fields
+from langchain_earlyexit.inert import plain_ids
 from langchain_earlyexit.lanes import audited
-from langchain_earlyexit.loading import SOURCE_NAMES, Loaded, Source
-from langchain_earlyexit.pocket import CONTEXT_LENGTH as POCKET_CONTEXT
-from langchain_earlyexit.policies import Never, Policy
+from langchain_earlyexit.loading import Loaded, Shelf
+from langchain_earlyexit.policies import Policy
 from langchain_earlyexit.replies import Call, ahear, aspeak, gather, hear, speak
-from langchain_earlyexit.settings import (
-    BUDGET_NAMES,
-    EFFORT_BUDGETS,
-    NAMES,
-    Settings,
-    as_policy,
-    as_stop,
-    only_one,
-    warn_uncalibrated,
-)
+from langchain_earlyexit.settings import NAMES, Settings, warn_uncalibrated
 from langchain_earlyexit.signals import refuse_lacking
 from langchain_earlyexit.tooled import Tooled
 
@@ -50,7 +42,7 @@ _BATCH_WIDTH = 64
 """Calls of one `batch` in flight: as many as the local engine runs at once."""
 
 
-class ChatEarlyExit(Tooled, Copied, BaseChatModel):
+class ChatEarlyExit(Tooled, Copied, Fields):
     """A local reasoning model that stops thinking when more thinking no longer changes the answer.
 
     The answer is `content`, the thinking is `additional_kwargs["reasoning_content"]`, and the exit record, with the
@@ -62,105 +54,18 @@ class ChatEarlyExit(Tooled, Copied, BaseChatModel):
         >>> llm.invoke("What is 37 + 48 * 2 - 15?").content  # doctest: +SKIP
 
     Weights are loaded at the first call, off the event loop, once per process for equal settings. `close()`, or use
-    as a context manager, frees them when the last model that uses them is closed.
+    as a context manager, frees them when no other model holds them. A model that is gone holds none: if it was not
+    closed, its weights wait for an equal one, until others are loaded.
 
-    Every field below `timeout` can also be given per call (`llm.invoke(..., thinking_budget=64)`), where it wins.
+    The fields are those of `Fields`. Each below `timeout` can also be given per call
+    (`llm.invoke(..., thinking_budget=64)`), where it wins.
     """
 
-    model_config = ConfigDict(
-        arbitrary_types_allowed=True, populate_by_name=True, extra="forbid", protected_namespaces=()
-    )
-
-    model: str = Field(default="pocket", validation_alias=AliasChoices("model", "model_name"))
-    """"pocket", a hub id, a local directory, or a directory holding one GGUF file."""
-    engine: Any = "transformers"
-    """"transformers" (here), "vllm" (a vLLM, SGLang or llama.cpp server at `base_url`), or an `Engine` of your own."""
-    base_url: str | list[str] | None = None
-    """Address of a server that runs `model`, or of several, with or without `/v1`. The tokenizer is `model`'s."""
-    api_key: SecretStr | None = None
-    """Of the server; without one, a Hugging Face token, for gated models."""
-    device: str | None = None
-    device_map: str | None = None
-    dtype: str | None = None
-    """Torch dtype by name; the checkpoint's own when None."""
-    revision: str | None = None
-    quantization_config: Any = None
-    cache_bytes: int | None = Field(default=None, ge=1)
-    """Most bytes that the keys and values of all calls may take together; half of the memory when None. Calls that do
-    not fit wait in line, and one that cannot fit alone raises MemoryError. Of the local engine only."""
-    trust_remote_code: bool = False
-    probe: Any = None
-    """Measures `p_safe` for LYNX: a `Probe`, a directory that holds one, or a hub id. Refused on another model. When
-    None, the one that lies beside the weights, if any does, as soon as a policy reads it."""
-    calibration: Any = None
-    """What `confidence` is served from: a file that `earlyexit calibrate` wrote, a hub id, or a `Calibration`. Refused
-    on another model. When None, the one that lies beside the weights, if any does."""
-    max_retries: int = 2
-    """How often loading from the hub, or a request to a server, is tried again after a network failure. A stream that
-    breaks off goes on from the tokens that came, and is tried so often anew."""
-    streaming: bool = False
-    timeout: float | None = None
-    """Seconds for one whole call, waiting in line included; past it TimeoutError is raised and the call is stopped."""
-
-    exit_policy: Any = None
-    """A policy, or its name ("never", "deer", "codestop", "lynx", "convergence", "eat", "thinkbrake", "giveup"); None
-    never exits."""
-    confidence: float | None = None
-    """1 - epsilon, where epsilon is the highest tolerated chance that leaving early changes the answer. Needs a
-    `calibration`, whose next stricter level is served; takes the place of `exit_policy`."""
-    thinking_budget: int | None = Field(default=None, validation_alias=AliasChoices(*BUDGET_NAMES))
-    """Exact cap on thinking tokens; 0 no thinking, -1 or None no cap."""
-    thinking_budget_message: str | None = None
-    """Fed before the end tag when the budget ends the thinking; the family's published sentence when None."""
-    reasoning_effort: str | None = None
-    """A name for a budget: see `EFFORT_BUDGETS`. `thinking_budget` says it exactly; give one of the two. With
-    `calibration` named, and neither policy nor confidence beside it, it is a confidence too, see `EFFORT_CONFIDENCES`:
-    a calibration that only lies beside the weights makes none of it."""
-    answer_form: Any = "auto"
-    """"auto", "boxed", "choice", "text" or an `AnswerForm`: how an answer is induced, compared and scored."""
-    answer_reserve: int | None = None
-    """Tokens of `max_tokens` kept for the answer; by default 256, or a quarter of what is there if that is less."""
-    max_tokens: int | None = None
-    """Cap on thinking + forced + answer tokens."""
-    reuse_trial_answer: bool = False
-    """Take a complete trial answer as the answer, instead of sampling one after the exit."""
-    look: str = "parallel"
-    """"parallel": the model thinks on while a trial answer is decoded beside it. "wait": it waits."""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    """Equal seeds give equal text, whatever else runs. None draws one, which the response metadata tell."""
-    stop: list[str] | None = Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
-    """Strings that end the answer. In the thinking they mean nothing."""
-    audit_rate: float = 0.0
-    """Share of the calls with a confidence that think to the end, to see whether leaving would have changed the answer.
-    When too many would, early exit is off until the model is calibrated again. See `promises`."""
-    shadow: bool = False
-    """Decide but never exit; the record tells where it would have."""
-    include_checks: bool = False
-    """Put the whole trace into the record."""
-    include_history_reasoning: bool = False
-    """Hand the reasoning of earlier turns to the chat template."""
-
-    _loaded: Loaded = PrivateAttr(default_factory=Loaded)
+    _shelf: Shelf = PrivateAttr(default_factory=Shelf)
     _calls: dict[str, Stream] = PrivateAttr(default_factory=dict)
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
 
     # --- construction -----------------------------------------------------------------------------------------------
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_name_each(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            only_one(data, BUDGET_NAMES)
-        return data
-
-    @field_validator("exit_policy", mode="before")
-    @classmethod
-    def _policy(cls, value: Any) -> Any:
-        return as_policy(value)
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
@@ -188,69 +93,13 @@ class ChatEarlyExit(Tooled, Copied, BaseChatModel):
         else:
             refuse_lacking(policy, self.engine)
 
-    @model_validator(mode="after")
-    def _set_earlyexit_version(self) -> Self:
-        self._add_version("langchain-earlyexit", __version__)
-        return self
-
     # --- what LangChain asks ----------------------------------------------------------------------------------------
 
-    @property
-    def _llm_type(self) -> str:
-        return "earlyexit"
-
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        """Every setting that changes what is written: it is the cache key, and what traces show."""
-        told = {name: getattr(self, name) for name in NAMES}
-        told["exit_policy"] = repr(self.exit_policy or Never())
-        if isinstance(self.answer_form, AnswerForm):
-            told["answer_form"] = repr(self.answer_form)
-        # Core writes a call's own `stop` under that name, and would hide this one from the cache key.
-        told["stop_sequences"] = told.pop("stop")
-        return {**told, **self._source().told}
-
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_provider"] = "earlyexit"
-        params["ls_model_name"] = kwargs.get("model", self.model)
-        temperature = kwargs.get("temperature", self.temperature)
-        if temperature is not None:
-            params["ls_temperature"] = temperature
-        max_tokens = kwargs.get("max_tokens", self.max_tokens)
-        if max_tokens is not None:
-            params["ls_max_tokens"] = max_tokens
-        if stop or self.stop:
-            params["ls_stop"] = list(stop or self.stop or ())
-        return params
-
-    def _resolve_model_profile(self) -> ModelProfile | None:
-        profile = ModelProfile(
-            text_inputs=True,
-            text_outputs=True,
-            image_inputs=False,
-            audio_inputs=False,
-            video_inputs=False,
-            reasoning_output=True,
-            reasoning_effort_levels=list(EFFORT_BUDGETS),
-            tool_calling=True,
-            tool_choice=True,
-            tool_call_streaming=True,
-            structured_output=True,
-        )
-        # Of other weights the context is known when they are loaded; a constructor reads no files.
-        context = POCKET_CONTEXT if self.model == "pocket" else None
-        if not isinstance(self.engine, str):
-            context = self.engine.context_length
-        if context is not None:
-            profile["max_input_tokens"] = context
-        return profile
-
     def get_token_ids(self, text: str) -> list[int]:
-        """Ids of `text` under this model's tokenizer (it is loaded if need be)."""
+        """Ids of `text` under this model's tokenizer (it is loaded if need be). As in a prompt, none controls."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
-        return list(self._bind().codec.encode(text))
+        return plain_ids(self._bind().engine.tokenizer, text)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Length of the prompt that these messages make, tools and the chat template's own tokens included.
@@ -281,10 +130,39 @@ class ChatEarlyExit(Tooled, Copied, BaseChatModel):
         wide = [{"max_concurrency": _BATCH_WIDTH, **one} for one in get_config_list(config, len(inputs))]
         return super().batch(inputs, cast("list[RunnableConfig]", wide), return_exceptions=return_exceptions, **kwargs)
 
+    def configurable_fields(self, **kwargs: AnyConfigurableField) -> ConfiguredFields:
+        """As every runnable's, and `bind_tools` and `with_structured_output` of what comes keep it configurable.
+
+        Raises:
+            ValueError: a field that this model has not.
+        """
+        super().configurable_fields(**kwargs)  # checks the names
+        return ConfiguredFields(default=self, fields=kwargs)
+
+    def configured(self, **changed: Any) -> Self:
+        """The model with other fields, for a run: it shares what is loaded, and its calls are among this one's.
+
+        Settings that a call may give count as they do in a call: a budget takes the place of an effort, say.
+
+        Raises:
+            TypeError: an unknown setting.
+            ValueError: a value, or two together, that cannot be meant.
+        """
+        asked = {name: value for name, value in changed.items() if name in NAMES}
+        built = {name: value for name, value in changed.items() if name not in NAMES}
+        like = self
+        if built:
+            kept = set(type(self).model_fields) - ({"profile"} if {"model", "engine"} & set(built) else set())
+            like = type(self)(**{**{name: getattr(self, name) for name in kept}, **built})
+        settings = like.call_settings(**asked)
+        said = {name: getattr(settings, name) for name in NAMES} | {"stop": list(settings.stop) or None}
+        return self.sharing(like.model_copy(update=said))
+
     # --- the engine -------------------------------------------------------------------------------------------------
 
-    def _source(self) -> Source:
-        return Source(**{name: getattr(self, name) for name in SOURCE_NAMES})
+    @property
+    def _loaded(self) -> Loaded:
+        return self._shelf.of(self._source())
 
     def _bind(self, settings: Settings | None = None) -> Binding:
         """The engine, loaded at the first call, for one with `settings`. From async code this runs in a thread."""
@@ -295,16 +173,15 @@ class ChatEarlyExit(Tooled, Copied, BaseChatModel):
         return bound
 
     def load(self) -> Binding:
-        """Load weights and probe now, not at the first call, and tell what is known of the model. Blocking."""
-        return self._bind()
+        """Load weights and probe now, not at the first call, and tell what is known of the model. Blocking.
 
-    def call_settings(self, **kwargs: Any) -> Settings:
-        """The settings of a call with these keywords: the constructor's, with the call's over them."""
-        return self._settings_of(None, kwargs)
+        What it tells holds for as long as this chat model is neither closed nor gone.
+        """
+        return self._bind()
 
     def close(self) -> None:
         """Stop this model's calls. Weights go when no other model in the process uses them. A later call loads anew."""
-        with self._loaded.closing():
+        with self._shelf.closing():
             with self._lock:
                 calls = list(self._calls.values())
             for call in calls:
@@ -332,15 +209,6 @@ class ChatEarlyExit(Tooled, Copied, BaseChatModel):
         return len(told)
 
     # --- one call ---------------------------------------------------------------------------------------------------
-
-    def _settings(self) -> Settings:
-        values = {name: getattr(self, name) for name in NAMES}
-        return Settings(**{**values, "stop": as_stop(self.stop)})
-
-    def _settings_of(self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Settings:
-        settings = self._settings().over(stop, kwargs, self.model, calibrated=self.calibration is not None)
-        self._source().refuse_unserved(settings)
-        return settings
 
     def _start(self, messages: list[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Call:
         """Load, render, and hand the engine its program."""

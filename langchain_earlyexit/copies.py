@@ -15,6 +15,7 @@ class Copied:
     """
 
     engine: Any
+    __pydantic_private__: dict[str, Any] | None
     __private_attributes__: ClassVar[dict[str, Any]]
 
     def _settings_state(self) -> dict[str, Any]:
@@ -33,6 +34,11 @@ class Copied:
         private = self.__private_attributes__.items()
         fresh = {name: it.default_factory() if it.default_factory else it.default for name, it in private}
         object.__setattr__(self, "__pydantic_private__", fresh)
+
+    def sharing(self, twin: Self) -> Self:
+        """`twin`, made to run on what this one has loaded, its calls among this one's."""
+        object.__setattr__(twin, "__pydantic_private__", self.__pydantic_private__)
+        return twin
 
     def __copy__(self) -> Self:
         return self._of_state(self._settings_state())

@@ -108,6 +108,10 @@ class Matcher:
             )
         return bytes(bits)
 
+    def takes(self, token: int) -> bool:
+        """Whether this id may come next."""
+        return bool(self._matcher.validate_tokens([token]))
+
     def push(self, token: int) -> None:
         """Take the id that came.
 
@@ -194,11 +198,11 @@ class Grammars:
             rules.append(f"call{index}: {head} {self._json(tool['parameters'])} {self._literal(form.tail)}")
         more = ""
         if parallel and form.between is not None:
-            more = f"({self._literal(form.between)} call){{0,{_MOST_CALLS - 1}}}"
-        # A model that begins a call by itself may set another blank than the one we would.
+            more = f"(BLANK? {self._literal(form.between.lstrip())} call){{0,{_MOST_CALLS - 1}}}"
+        # A model that begins a call by itself may set another blank than the one we would, or none.
         lead = f"BLANK? {self._literal(form.lead.lstrip())}" if form.lead else ""
         lines = [
-            f"calls: {lead} call {more} {self._literal(form.end)}",
+            f"calls: {lead} call {more}",
             "call: " + " | ".join(f"call{index}" for index in range(len(rules))),
             *rules,
             "BLANK: /[ \\n\\t]{1,4}/",
@@ -207,7 +211,7 @@ class Grammars:
             lines.insert(0, "start: calls")
         else:
             lines[:0] = [f"start: {self._literal(form.trigger)} calls | other", f"other: {self._json(otherwise)}"]
-        parts = (form.trigger, form.lead, form.middle, form.tail, form.between or "", form.end)
+        parts = (form.trigger, form.lead, form.middle, form.tail, form.between or "")
         marks = frozenset(part for text in parts for part in self._split(text) if isinstance(part, int))
         return Grammar(self, "\n".join(lines), form.trigger if otherwise is None else "", marks)
 

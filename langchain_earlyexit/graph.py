@@ -3,6 +3,10 @@
 State keys (`ReasoningState`): `budget`, thinking tokens of the run; `risk`, the chance of a change its early exits may
 take; `ledger`, what each call was given and took. All are plain dicts. `budgets` has the arithmetic.
 
+A graph that is a node of another spends as that node's step, and shares that step's part out under names of its own.
+Nodes that run at once need to be told apart: by weights (or a risk's shares) that name them, by a `share` or `most` of
+the nodes that fit together, or by `branches`. Where they could take more than is left, they are refused.
+
 Example:
     >>> from langgraph.graph import START, StateGraph
     >>> from langchain_earlyexit import DEER, ChatEarlyExit
@@ -22,12 +26,12 @@ from langchain_earlyexit.ledger import (
     Ledger,
     Risk,
     Spend,
-    branches,
     merge_ledgers,
     remaining,
     run_guarantee,
 )
 from langchain_earlyexit.node import ReasoningState, ask_human, reasoning_node
+from langchain_earlyexit.parts import branches
 from langchain_earlyexit.plan_and_solve import create_plan_and_solve, parse_numbered_plan
 from langchain_earlyexit.routes import route_by_confidence, verdict
 from langchain_earlyexit.self_consistency import create_self_consistency

@@ -99,8 +99,8 @@ class ToolCall(AnswerForm):
 
     def extract(self, content: str) -> str | None:
         """The calls that the text ends in, else what the other form finds."""
-        at = content.find(self.format.trigger)
-        calls = None if at < 0 else read_calls(self.format, content[at:])
+        at = 0 if self.format.at_start else max(0, content.find(self.format.trigger))
+        calls = read_calls(self.format, content[at:])
         if calls:
             return canonical_calls(calls)
         return None if self.begun else self.otherwise.extract(content)
@@ -139,7 +139,8 @@ class ToolCall(AnswerForm):
         if self.begun:
             return 0
         blank = len(text) - len(text.lstrip())
-        return blank + len(self.format.trigger) if text.startswith(self.format.trigger, blank) else None
+        called = text.startswith(self.format.trigger, blank) and self.format.may_call(text[blank:])
+        return blank + len(self.format.trigger) if called else None
 
     def _read(self, text: str, start: int) -> tuple[CallReader, list[CallPiece], int]:
         """A reader that has read `text`, what it found, and where in `text` its positions are counted from."""

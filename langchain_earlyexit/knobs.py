@@ -22,6 +22,9 @@ _LEAST_OF_ANTHROPIC: Final = 1024
 _USUAL_LEVELS: Final = ("low", "medium", "high")
 """What every model with an effort has, where its profile lists none."""
 
+_EFFORT_NAMES: Final = frozenset({"effort", "reasoning_effort"})
+"""Two words for one keyword."""
+
 _THOUGHTS: Final = frozenset({"thinking", "redacted_thinking", "reasoning"})
 
 
@@ -33,11 +36,13 @@ class Turned:
         model: it, or a copy with another constructor setting where that would win over the call's.
         settings: keywords of the call.
         cap: thinking tokens that this holds it to, exactly; None where the provider's words are only an effort.
+        thinks_on: at a cap of 0, the least that the model offers, where that is not nothing.
     """
 
     model: BaseChatModel
     settings: dict[str, Any]
     cap: int | None = None
+    thinks_on: str | None = None
 
 
 def turn(
@@ -47,9 +52,9 @@ def turn(
 
     Exact: `ChatEarlyExit` (`thinking_budget`), ChatQwen (`thinking_budget`), ChatAnthropic with
     `thinking={"type": "enabled", "budget_tokens": ...}`; caps below 1024 turn that off. An effort, the most of the
-    model's levels that `EFFORT_BUDGETS` puts within the cap, and its least where none is: ChatAnthropic,
-    ChatOpenAI, and any model whose profile lists `reasoning_effort_levels` or that has a `reasoning_effort` set. Off at
-    0 only: ChatOllama with `reasoning=True` (levels where it is a level).
+    model's levels that `EFFORT_BUDGETS` puts within the cap, and its least where none is: ChatAnthropic (whose thinking
+    that never turns on), ChatOpenAI, and any model whose profile lists `reasoning_effort_levels` or that has a
+    `reasoning_effort` set. Off at 0 only: ChatOllama with `reasoning=True` (levels where it is a level).
 
     Args:
         model: any chat model.
@@ -68,8 +73,8 @@ def turn(
         return Turned(model, {**kept, "thinking_budget": least, "reasoning_effort": None}, least)
     kind = getattr(model, "_llm_type", None)
     thinking = settings.get("thinking") or getattr(model, "thinking", None)
-    if kind == "anthropic-chat" and isinstance(thinking, Mapping) and thinking.get("type") == "enabled":
-        return _anthropic(model, cap, settings, thinking, messages)
+    if kind == "anthropic-chat":
+        return _anthropic(model, cap, settings, thinking if isinstance(thinking, Mapping) else {}, messages)
     if kind == "chat-ollama":
         return _ollama(model, cap, settings)
     if kind == "chat-qwen":
@@ -104,14 +109,13 @@ def _effort(model: BaseChatModel, cap: int, settings: Mapping[str, Any]) -> Turn
     # Its older reasoning models take an effort, and their profiles list no levels.
     openai = getattr(model, "_llm_type", "").endswith("openai-chat") and profile.get("reasoning_output")
     listed = profile.get("reasoning_effort_levels") or (_USUAL_LEVELS if own or openai else ())
-    level = _level(cap, listed, own)
+    level = _level(cap, listed, own or profile.get("reasoning_effort_default"))
     if level is None or not hasattr(model, "reasoning_effort"):
         return None
-    kept = {name: value for name, value in settings.items() if name != "effort"}
+    kept = {name: value for name, value in settings.items() if name not in _EFFORT_NAMES}
     if wrapped is not None:
-        kept.pop("reasoning_effort", None)
-        return Turned(model, {**kept, "reasoning": {**wrapped, "effort": level}})
-    return Turned(model, {**kept, "reasoning_effort": level})
+        return Turned(model, {**kept, "reasoning": {**wrapped, "effort": level}}, thinks_on=_thinks_on(cap, level))
+    return Turned(model, {**kept, "reasoning_effort": level}, thinks_on=_thinks_on(cap, level))
 
 
 def _anthropic(
@@ -120,7 +124,11 @@ def _anthropic(
     settings: Mapping[str, Any],
     thinking: Mapping[str, Any],
     messages: Sequence[AnyMessage],
-) -> Turned:
+) -> Turned | None:
+    if thinking.get("type") == "disabled":
+        return Turned(model, dict(settings), 0)
+    if thinking.get("type") != "enabled":
+        return _anthropic_effort(model, cap, settings)
     least = min(thinking["budget_tokens"], cap)
     off = least < _LEAST_OF_ANTHROPIC or _began_without(messages)
     told = {"type": "disabled"} if off else {**thinking, "budget_tokens": least}
@@ -132,12 +140,28 @@ def _anthropic(
     return Turned(model, {**settings, "thinking": told}, held)
 
 
+def _anthropic_effort(model: BaseChatModel, cap: int, settings: Mapping[str, Any]) -> Turned | None:
+    """Its keyword turns thinking on where nobody else did: an effort in `output_config` only lowers what there is."""
+    config = {**(getattr(model, "output_config", None) or {}), **(settings.get("output_config") or {})}
+    asked = settings.get("effort") or settings.get("reasoning_effort")
+    own = asked or config.get("effort") or getattr(model, "reasoning_effort", None)
+    profile = model.profile or {}
+    listed = profile.get("reasoning_effort_levels") or (_USUAL_LEVELS if own else ())
+    level = _level(cap, listed, own or profile.get("reasoning_effort_default"))
+    if level is None:
+        return None
+    kept = {name: value for name, value in settings.items() if name not in _EFFORT_NAMES}
+    told = {"reasoning_effort": level} if asked else {"output_config": {**config, "effort": level}}
+    return Turned(model, {**kept, **told}, thinks_on=_thinks_on(cap, level))
+
+
 def _ollama(model: BaseChatModel, cap: int, settings: Mapping[str, Any]) -> Turned | None:
     own = settings.get("reasoning", getattr(model, "reasoning", None))
     if own is None:
         return None  # whether it thinks is then the server's choice, and not seen here
     if isinstance(own, str):
-        return Turned(model, {**settings, "reasoning": _level(cap, _USUAL_LEVELS, own)})
+        level = _level(cap, _USUAL_LEVELS, own)
+        return Turned(model, {**settings, "reasoning": level}, thinks_on=_thinks_on(cap, level))
     return Turned(model, {**settings, "reasoning": own and cap > 0})
 
 
@@ -155,12 +179,16 @@ def _qwen(model: BaseChatModel, cap: int, settings: Mapping[str, Any]) -> Turned
 
 
 def _level(cap: int, levels: Sequence[str], own: str | None) -> str | None:
-    """The most of `levels` within a cap and no more than the model's own, the least of them where there is none."""
+    """The most of `levels` within a cap and no more than what it would be without, the least where there is none."""
     order = list(EFFORT_BUDGETS)
     known = [level for level in order if level in levels]
     most = order.index(own) if own in order else len(order)
     fits = [level for level in known if 0 <= EFFORT_BUDGETS[level] <= cap and order.index(level) <= most]
     return next(iter([*reversed(fits), *known]), None)
+
+
+def _thinks_on(cap: int, level: str | None) -> str | None:
+    return None if cap > 0 or level is None or EFFORT_BUDGETS[level] == 0 else level
 
 
 def _began_without(messages: Sequence[AnyMessage]) -> bool:

@@ -10,12 +10,13 @@ Knows nothing of models or graphs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NotRequired
+from typing import Any, Final, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from langchain_earlyexit.budgets import adaptive_risk, endless_risk, next_share, split
+from langchain_earlyexit.budgets import adaptive_risk, endless_risk, next_share, pace
 
 
 class Budget(TypedDict):
@@ -23,15 +24,18 @@ class Budget(TypedDict):
 
     Attributes:
         tokens: at least 0.
-        weights: by step; a step takes its share of what remains, against the steps that are not done. Without them,
-            a step may take all that remains.
+        weights: by step, or node of a graph within; a step takes its share of what remains, against the steps that
+            are not done. Without them, a step may take all that remains, and none may run beside it.
         id: tells this budget from those of other runs in the same thread. A new budget with a new id starts from
-            nothing spent; one without an id counts every call that had none.
+            nothing spent; one without an id counts every call that had none. `a|b` is step b's part of budget `a`, and
+            what is spent of it is spent of both.
+        spare: of a part: by the ids of what it is part of, tokens that were left for calls beside it.
     """
 
     tokens: int
     weights: NotRequired[dict[str, float]]
     id: NotRequired[str]
+    spare: NotRequired[dict[str, float]]
 
 
 class Risk(TypedDict):
@@ -43,6 +47,7 @@ class Risk(TypedDict):
             second call of a step: its share is spent.
         weights: by step, instead of shares: each takes its part of what is left. Heuristic.
         id: as a budget's.
+        spare: as a budget's.
         heuristic: this risk was itself handed out by a rule that looks at the run.
 
     With neither shares nor weights the n-th call of the run gets `budgets.endless_risk(epsilon, n)`.
@@ -52,6 +57,7 @@ class Risk(TypedDict):
     shares: NotRequired[dict[str, float]]
     weights: NotRequired[dict[str, float]]
     id: NotRequired[str]
+    spare: NotRequired[dict[str, float]]
     heuristic: NotRequired[bool]
 
 
@@ -59,7 +65,8 @@ class Spend(TypedDict):
     """One call: what it was given and what it took.
 
     Attributes:
-        step: which step of the run; what weights and shares name.
+        step: which step of its graph; what weights and shares name.
+        within: the steps or nodes of the graphs around that, from the outside in, as in `step 2|plan`; "" for none.
         node: the node that made the call.
         turn: id of the conversation's last human message then, "" where there was none.
         model: its name.
@@ -72,9 +79,11 @@ class Spend(TypedDict):
         budget: id of the budget it counts against, "" for one without.
         risk: id of the risk, likewise.
         exit: its exit record, without the trace.
+        retry_of: key of the entry whose call this one repeats: the same node, given the same prompt.
     """
 
     step: str
+    within: str
     node: str
     turn: str
     model: str
@@ -87,6 +96,7 @@ class Spend(TypedDict):
     budget: str
     risk: str
     exit: dict[str, Any]
+    retry_of: NotRequired[str]
 
 
 Ledger = dict[str, Spend]
@@ -101,6 +111,7 @@ def opened(
     budget: Budget | None,
     risk: Risk | None,
     *,
+    within: str = "",
     node: str = "",
     turn: str = "",
     model: str = "",
@@ -110,8 +121,8 @@ def opened(
 ) -> Spend:
     """The entry of a call that has taken nothing yet."""
     return {
-        "step": step, "node": node, "turn": turn, "model": model, "cap": cap, "thinking": 0, "reasoning": 0,
-        "epsilon": epsilon, "heuristic": heuristic, "confidence": None,
+        "step": step, "within": within, "node": node, "turn": turn, "model": model, "cap": cap, "thinking": 0,
+        "reasoning": 0, "epsilon": epsilon, "heuristic": heuristic, "confidence": None,
         "budget": "" if budget is None else budget.get("id", ""),
         "risk": "" if risk is None else risk.get("id", ""),
         "exit": {},
@@ -138,12 +149,13 @@ def check_budget(budget: Budget) -> Budget:
     """`budget` itself.
 
     Raises:
-        ValueError: not a budget, or a key that no budget has.
+        ValueError: not a budget, a key that no budget has, or a weight that cannot be.
     """
-    _only("budget", budget, _BUDGET_KEYS, "tokens")
+    _only("budget", budget, _BUDGET_KEYS, {"tokens": 200})
     tokens = budget["tokens"]
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
         raise ValueError(f"a budget's tokens are a whole number of at least 0, got {tokens!r}; leave it out for no cap")
+    _check_weights("budget", budget)
     return budget
 
 
@@ -151,15 +163,18 @@ def check_risk(risk: Risk) -> Risk:
     """`risk` itself.
 
     Raises:
-        ValueError: not a risk, a key that no risk has, or shares that add up to more than epsilon.
+        ValueError: not a risk, a key that no risk has, a weight or share that cannot be, or shares that add up to more
+            than epsilon.
     """
-    _only("risk", risk, _RISK_KEYS, "epsilon")
-    if not 0 <= risk["epsilon"] < 1:
+    _only("risk", risk, _RISK_KEYS, {"epsilon": 0.05})
+    if not _is_number(risk["epsilon"]) or not 0 <= risk["epsilon"] < 1:
         raise ValueError(f"a risk's epsilon lies in [0, 1), got {risk['epsilon']!r}")
     shares = risk.get("shares")
     if shares is not None and "weights" in risk:
         raise ValueError("a risk has shares, fixed beforehand, or weights, which are heuristic; not both")
-    if shares is not None and (min(shares.values(), default=0.0) < 0 or sum(shares.values()) > risk["epsilon"] + 1e-12):
+    _check_weights("risk", risk)
+    fits = shares is None or (isinstance(shares, Mapping) and all(_at_least_zero(share) for share in shares.values()))
+    if not fits or (shares is not None and sum(shares.values()) > risk["epsilon"] + 1e-12):
         raise ValueError(
             f"the steps' shares {shares} must be at least 0 and add up to at most epsilon={risk['epsilon']}; "
             "budgets.spread_risk gives such shares"
@@ -169,7 +184,12 @@ def check_risk(risk: Risk) -> Risk:
 
 def remaining(budget: Budget, ledger: Ledger) -> int:
     """Thinking tokens that are left, at least 0."""
-    return max(0, budget["tokens"] - sum(entry["thinking"] for entry in _under(budget, ledger)))
+    return max(0, budget["tokens"] - spent(budget, ledger))
+
+
+def spent(budget: Budget, ledger: Ledger) -> int:
+    """Thinking tokens that count against a budget so far."""
+    return sum(entry["thinking"] for entry in ledger.values() if is_part(entry["budget"], budget.get("id", "")))
 
 
 def allowance(step: str, budget: Budget, ledger: Ledger) -> int:
@@ -181,7 +201,20 @@ def allowance(step: str, budget: Budget, ledger: Ledger) -> int:
     left, weights = remaining(budget, ledger), budget.get("weights")
     if weights is None:
         return left
-    return next_share(left, _weight(step, weights, "budget"), _later(weights, [step], _under(budget, ledger)))
+    return next_share(left, weight_of(step, weights, "budget"), later(weights, [step], "budget", budget, ledger))
+
+
+def pace_of(step: str, budget: Budget, ledger: Ledger) -> float | None:
+    """How the run's spending keeps up with its weights before `step` (`budgets.pace`); None without weights.
+
+    Raises:
+        ValueError: the budget has weights, and none for `step`.
+    """
+    weights = budget.get("weights")
+    if weights is None:
+        return None
+    to_come = [weight_of(step, weights, "budget"), *later(weights, [step], "budget", budget, ledger)]
+    return pace(budget["tokens"], remaining(budget, ledger), list(weights.values()), to_come)
 
 
 def risk_of(step: str, risk: Risk, ledger: Ledger) -> tuple[float, bool]:
@@ -190,47 +223,23 @@ def risk_of(step: str, risk: Risk, ledger: Ledger) -> tuple[float, bool]:
     Raises:
         ValueError: the risk has weights, and none for `step`.
     """
-    taken = _at_risk(risk, ledger)
+    taken = at_risk(risk, ledger)
     heuristic = risk.get("heuristic", False)
     if "weights" in risk:
         weights = risk["weights"]
-        spent = sum(entry["epsilon"] for entry in taken)
-        later = _later(weights, [step], taken)
-        return adaptive_risk(risk["epsilon"], spent, _weight(step, weights, "risk"), later), True
+        gone = sum(entry["epsilon"] for entry in taken)
+        to_come = later(weights, [step], "risk", risk, ledger)
+        return adaptive_risk(risk["epsilon"], gone, weight_of(step, weights, "risk"), to_come), True
     if "shares" in risk:
         # A share is for one call: the answer of another would be one more that an exit may have changed.
-        tried = any(entry["step"] == step and entry["epsilon"] > 0 for entry in taken)
+        tried = any(_step_of(entry, "risk", risk) == step and entry["epsilon"] > 0 for entry in taken)
         return 0.0 if tried else risk["shares"].get(step, 0.0), heuristic
     return endless_risk(risk["epsilon"], len(taken)), heuristic
 
 
-def branches(steps: Sequence[str], budget: Budget | None, risk: Risk | None, ledger: Ledger) -> list[dict[str, Any]]:
-    """What to give steps that run side by side: for each a `step`, and a `budget` and `risk` that are its own.
-
-    No two can spend the same token, as they would if all saw what remains. Merge each into what a `Send` carries; the
-    entries that come back count against the run's budget and risk.
-
-    Args:
-        steps: their names, each once.
-        budget: of the run; None for no cap.
-        risk: of the run; None to leave exits to the model's own policy.
-        ledger: of the run.
-    """
-    if len(set(steps)) < len(steps):
-        raise ValueError(f"steps that run side by side need names of their own, got {list(steps)}")
-    told: list[dict[str, Any]] = [{"step": step, "ledger": {}} for step in steps]
-    if budget is not None:
-        for one, tokens in zip(told, _side_by_side(steps, budget, ledger), strict=True):
-            one["budget"] = _with_id({"tokens": tokens}, budget)
-    if risk is not None:
-        seen = dict(ledger)
-        for one in told:
-            epsilon, heuristic = risk_of(one["step"], risk, seen)
-            own: dict[str, Any] = {"epsilon": epsilon, "shares": {one["step"]: epsilon}}
-            one["risk"] = _with_id({**own, "heuristic": True} if heuristic else own, risk)
-            # The next one is given its risk as if this one had already run.
-            seen[f"{one['step']}/to come"] = opened(one["step"], None, risk, epsilon=epsilon)
-    return told
+def is_part(id_: str, whole: str) -> bool:
+    """Whether what is taken under an id counts against that of the whole: the same, or a part of it."""
+    return id_ == whole or id_.startswith(f"{whole}|")
 
 
 def run_guarantee(risk: Risk, ledger: Ledger) -> dict[str, Any] | None:
@@ -238,15 +247,15 @@ def run_guarantee(risk: Risk, ledger: Ledger) -> dict[str, Any] | None:
 
     The epsilons of the calls add up, and the deltas of the models. `kind` is "heuristic" where any risk was chosen by
     what the run did; `n` is that of the smallest calibration, 0 where no call was cut. Thinking that ended by itself
-    changed nothing; nor did a try that was cut, once the same model thought the step to its end.
+    changed nothing; nor did a try that was cut, once the same model was asked the same again (`retry_of`) and thought
+    that to its end. Another call of the same step makes nothing good: it may have been asked something else.
 
     Returns:
         None where a call was cut, by a cap or a policy, that no calibration covers; or where they promise different
         things.
     """
-    taken = _at_risk(risk, ledger)
-    last = {entry["step"]: entry for entry in taken}
-    cut = [entry for entry in taken if not _natural(entry) and not _made_good(entry, last[entry["step"]])]
+    taken = at_risk(risk, ledger)
+    cut = [entry for entry in taken if not _made_good(entry, ledger)]
     promises = [(entry["model"], entry["exit"]["guarantee"]) for entry in cut]
     if any(promise is None for _, promise in promises) or len({promise["kind"] for _, promise in promises}) > 1:
         return None
@@ -259,50 +268,73 @@ def run_guarantee(risk: Risk, ledger: Ledger) -> dict[str, Any] | None:
     }
 
 
-def _natural(entry: Spend) -> bool:
-    return bool(entry["exit"]["reason"] == "natural")
+def _made_good(entry: Spend, ledger: Ledger) -> bool:
+    """Whether the call's thinking ended by itself, or that of a later try of the same."""
+    if entry["exit"]["reason"] == "natural":
+        return True
+    again = [one for one in ledger.values() if ledger.get(one.get("retry_of", "")) is entry]
+    return any(one["model"] == entry["model"] and _made_good(one, ledger) for one in again)
 
 
-def _made_good(entry: Spend, last: Spend) -> bool:
-    return _natural(last) and last["model"] == entry["model"]
+def at_risk(risk: Risk, ledger: Ledger) -> list[Spend]:
+    """The calls that count against a risk."""
+    return [entry for entry in ledger.values() if is_part(entry["risk"], risk.get("id", ""))]
 
 
-def _under(budget: Budget, ledger: Ledger) -> list[Spend]:
-    return [entry for entry in ledger.values() if entry["budget"] == budget.get("id", "")]
+def _step_of(entry: Spend, key: Literal["budget", "risk"], whole: Budget | Risk) -> str:
+    """The step of `whole`'s own graph that a call belongs to: its own, or that whose part it spent."""
+    id_, mine = entry[key], whole.get("id", "")
+    return entry["step"] if id_ == mine else id_[len(mine) + 1 :].split("|", 1)[0]
 
 
-def _at_risk(risk: Risk, ledger: Ledger) -> list[Spend]:
-    return [entry for entry in ledger.values() if entry["risk"] == risk.get("id", "")]
-
-
-def _side_by_side(steps: Sequence[str], budget: Budget, ledger: Ledger) -> tuple[int, ...]:
-    left, weights = remaining(budget, ledger), budget.get("weights")
-    if not steps:
-        return ()
-    if weights is None:
-        return split(left, [1.0] * len(steps))
-    later = _later(weights, steps, _under(budget, ledger))
-    return split(left, [_weight(step, weights, "budget") for step in steps] + later)[: len(steps)]
-
-
-def _later(weights: Mapping[str, float], now: Sequence[str], taken: Sequence[Spend]) -> list[float]:
+def later(
+    weights: Mapping[str, float],
+    now: Sequence[str],
+    key: Literal["budget", "risk"],
+    whole: Budget | Risk,
+    ledger: Ledger,
+) -> list[float]:
     """Weights of the steps still to come after those of `now`."""
-    done = {*now, *(entry["step"] for entry in taken)}
+    taken = [entry for entry in ledger.values() if is_part(entry[key], whole.get("id", ""))]
+    done = {*now, *(_step_of(entry, key, whole) for entry in taken)}
     return [weight for name, weight in weights.items() if name not in done]
 
 
-def _with_id(own: dict[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    return {**own, "id": whole["id"]} if "id" in whole else own
-
-
-def _weight(step: str, weights: Mapping[str, float], of: str) -> float:
+def weight_of(step: str, weights: Mapping[str, float], of: str) -> float:
+    """Weight of a step in a budget or risk, or a ValueError that says which has none."""
     if step not in weights:
-        raise ValueError(f"the {of} has weights for {', '.join(weights)}, and none for step {step!r}; give it one")
+        raise ValueError(
+            f"the {of} has weights for {', '.join(weights)}, and none for step {step!r}; give it one, or one to the "
+            "node of the graph that it stands in"
+        )
     return weights[step]
 
 
-def _only(what: str, given: Mapping[str, Any], known: frozenset[str], needed: str) -> None:
-    if needed not in given or set(given) - known:
+def _only(what: str, given: Any, known: frozenset[str], example: dict[str, Any]) -> None:
+    [needed] = example
+    if not isinstance(given, Mapping) or needed not in given or set(given) - known:
         raise ValueError(
-            f"a {what} is a dict with {needed!r} and, if you like, {', '.join(sorted(known - {needed}))}; got {given!r}"
+            f"a {what} is a dict with {needed!r}, such as {example}, and, if you like, "
+            f"{', '.join(sorted(known - {needed, 'spare'}))}; got {given!r}"
         )
+    if not isinstance(given.get("id", ""), str):
+        raise ValueError(f"a {what}'s id is a str, got {given['id']!r}")
+
+
+def _check_weights(what: str, given: Mapping[str, Any]) -> None:
+    weights = given.get("weights")
+    if weights is None and "weights" not in given:
+        return
+    if not isinstance(weights, Mapping) or not weights or not all(_at_least_zero(one) for one in weights.values()):
+        raise ValueError(
+            f"a {what}'s weights are finite numbers of at least 0 by step, such as {{'think': 2, 'tell': 1}}; "
+            f"got {weights!r}; leave them out if a step may take all that is left"
+        )
+
+
+def _at_least_zero(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

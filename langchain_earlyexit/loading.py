@@ -85,14 +85,15 @@ class Source:
             told["quantization_config"] = str(self.quantization_config)
         return told
 
-    def load_engine(self) -> Engine:
-        """The engine, shared with all that want an equal one, and to be released by each. One's own as it is."""
+    def load_engine(self, holder: object) -> Engine:
+        """The engine, shared with all that want an equal one, until `holder` releases it. One's own as it is."""
         if self.own:
             own: Engine = self.engine
             return own
         model = str(weights_dir()) if self.model == "pocket" else self.model
         if self.engine == "vllm":
             return connect(
+                holder=holder,
                 base_url=(self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url or ()),
                 model=model,
                 api_key=None if self.api_key is None else self.api_key.get_secret_value(),
@@ -101,6 +102,7 @@ class Source:
                 trust_remote_code=self.trust_remote_code,
             )
         return acquire(
+            holder=holder,
             model=model,
             device=self.device,
             device_map=self.device_map,
@@ -155,7 +157,7 @@ SOURCE_NAMES = tuple(field.name for field in fields(Source))
 
 
 class Loaded:
-    """What one chat model has loaded: nothing before its first call, and nothing after it was closed.
+    """What was loaded from one source: nothing before the first call, and nothing after it was closed.
 
     Attributes:
         bound: the engine and what is known of its model.
@@ -165,7 +167,6 @@ class Loaded:
     def __init__(self) -> None:
         self.bound: Binding | None = None
         self.promises: Promises | None = None
-        self._shared: Engine | None = None
         # Held for as long as weights load: nothing that an event loop runs may ever wait for it.
         self._lock = threading.Lock()
 
@@ -188,24 +189,21 @@ class Loaded:
     def closing(self) -> Iterator[None]:
         """Forget what is loaded. The block ends its calls; then a shared engine is given back."""
         with self._lock:
-            engine, self._shared, self.bound = self._shared, None, None
+            self.bound = None
         yield
-        if engine is not None:
-            release(engine)
+        release(self)
 
     def _load(self, source: Source) -> Binding:
         probe, promises = source.load_probe(), source.load_promises()  # first: a wrong path is told at once
-        engine = source.load_engine()
-        shared = None if source.own else engine
+        engine = source.load_engine(self)
         try:
             bound = Binding.of(engine, probe)
             if promises is not None:
                 promises.refuse_other_model(bound)
         except BaseException:
-            if shared is not None:
-                release(shared)
+            release(self)
             raise
-        self._shared, self.promises, self.bound = shared, promises, bound  # bound last: others read it without the lock
+        self.promises, self.bound = promises, bound  # bound last: others read it without the lock
         return bound
 
     def _with_beside(self, bound: Binding, source: Source, settings: Settings) -> Binding:
@@ -227,6 +225,33 @@ class Loaded:
                 promises.refuse_other_model(bound)
                 self.promises = promises
         return bound
+
+
+class Shelf:
+    """What a chat model, and those that runs configure from it, have loaded: one `Loaded` for each source."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[Source, Loaded]] = []
+        self._lock = threading.Lock()
+
+    def of(self, source: Source) -> Loaded:
+        """What is loaded from `source`; loading is up to the caller."""
+        with self._lock:
+            found = next((loaded for known, loaded in self._all if known == source), None)
+            if found is None:
+                found = Loaded()
+                self._all.append((source, found))
+            return found
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """`Loaded.closing` of all."""
+        with self._lock:
+            everything = [loaded for _, loaded in self._all]
+        with contextlib.ExitStack() as stack:
+            for loaded in everything:
+                stack.enter_context(loaded.closing())
+            yield
 
 
 def _check_own(source: Source) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final, Literal, TypeGuard, cast, get_args
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final, Literal, cast, get_args
 
 from langchain_core.messages import AIMessage
-from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables.config import RunnableConfig, var_child_runnable_config
 from langgraph.types import Command
 
 from langchain_earlyexit.agent_steps import (
@@ -22,18 +22,20 @@ from langchain_earlyexit.agent_steps import (
     Kind,
     ReasoningBudgetState,
     ReasoningContext,
+    names_of,
+    part_of_run,
+    share_of,
     step_kind,
-    tool_name,
 )
 from langchain_earlyexit.budgets import TOKEN_WEIGHTS, split
 from langchain_earlyexit.chat_models import ChatEarlyExit
+from langchain_earlyexit.claims import Claim
 from langchain_earlyexit.knobs import reasoning_tokens, turn
 from langchain_earlyexit.ledger import (
     Budget,
     Ledger,
     Risk,
     Spend,
-    allowance,
     check_budget,
     check_risk,
     merge_ledgers,
@@ -41,7 +43,7 @@ from langchain_earlyexit.ledger import (
     remaining,
     risk_of,
 )
-from langchain_earlyexit.node import closed, tell, tell_step, turn_of
+from langchain_earlyexit.node import claimed, closed, limits_of, tell, tell_step, told_of, turn_of, with_lost
 from langchain_earlyexit.record import KEY
 
 # isort: split
@@ -60,7 +62,7 @@ __all__ = [
 ExitBehavior = Literal["answer", "end", "error"]
 Unsupported = Literal["ignore", "warn", "raise"]
 
-_FRESH: Final = "reasoning_calls_of_this_node"
+_FRESH: Final = "__earlyexit_calls_of_this_node"
 _SLACK: Final = 1e-9
 
 
@@ -76,10 +78,13 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
     `ChatEarlyExit` is held to its caps exactly. What other models offer is used as far as it goes (`knobs.turn`), and
     their reasoning tokens, as they report them, count just the same. Every entry of `state["ledger"]` has its exit
     record; the runs of the models carry `early_exit_step` (the kind) and `early_exit_cap` in their metadata, and the
-    `custom` stream has `early_exit.step` and `early_exit.spent` events.
+    `custom` stream has `early_exit.step` events (with `remaining`, and the `pace`: below 1, the run spends faster than
+    its weights say) and `early_exit.spent` events.
 
     A model call that fails spends nothing here. One that succeeds and that a middleware further out throws away, to
-    try again, did spend, and stays in the ledger.
+    try again, did spend, and stays in the ledger. Only what LangGraph itself throws away with the node is lost to it:
+    where a middleware further out interrupts after the call (rather than in `after_model`), the call is made again on
+    resuming, and the first is told of in the `custom` stream alone.
 
     Example:
         >>> from langchain.agents import create_agent
@@ -92,13 +97,14 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         budget: thinking tokens of one run (one `invoke`, its interrupts included); None for no cap.
         thread_budget: of all the runs of a thread together; needs a checkpointer to mean anything.
         weights: shares of the run's budget by kind, over `budgets.TOKEN_WEIGHTS`: a step takes its share of what is
-            left, against the kinds that have not come yet.
+            left, against the kinds that have not come yet, and at least one token; one that can call no tool is the
+            run's last, and takes all that is left. A kind of weight 0 waits for what the others cannot take.
         most: cap of any one step, or by kind; a kind that is not there has none.
         confidence: 1 - epsilon of any one step, or by kind; a kind that is not there is never cut by a policy. None
             leaves that to the model's own policy. Only for a `ChatEarlyExit` with a calibration.
         epsilon: risk of one run: a step whose own, 1 - confidence, is more than is left of it is never cut.
         irreversible: names of tools whose calls cannot be undone. A step that is offered one is never cut by a
-            policy; caps hold all the same.
+            policy; caps hold all the same. A name that a step is not offered is warned of once.
         exit_behavior: what happens when a budget is spent: "answer" goes on without thinking, "end" ends the run with
             a notice, "error" raises `ReasoningBudgetExceededError`.
         unsupported_model_behavior: what to do about a model that cannot be told to think less, or that tells no
@@ -163,9 +169,18 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
                 )
             model.call_settings(confidence=level)
 
+    def check_tools(self, tools: Iterable[Any]) -> None:
+        """Raise ValueError where none of `tools`, all that the agent will have, has a name that is irreversible."""
+        known = names_of(tools)
+        if missing := sorted(self._irreversible - known):
+            raise ValueError(
+                f"irreversible names {', '.join(missing)}, but its tools are {', '.join(sorted(known)) or 'none'}; "
+                "for tools that come while it runs, give create_agent a ReasoningBudgetMiddleware of your own"
+            )
+
     def before_agent(self, state: ReasoningBudgetState, runtime: Any) -> dict[str, Any]:
-        """Begin a run."""
-        return {"reasoning_run": uuid.uuid4().hex}
+        """Begin a run: give it an id, and its part of what the graph around may spend."""
+        return {"reasoning_run": uuid.uuid4().hex, "reasoning_part": part_of_run(state, _config())}
 
     async def abefore_agent(self, state: ReasoningBudgetState, runtime: Any) -> dict[str, Any]:
         """Begin a run."""
@@ -175,75 +190,80 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> AIMessage | ExtendedModelResponse[Any]:
         """Call the model within its budget."""
-        notice, asked, spend = self._asked(request)
+        notice, asked, spend, claim = self._asked(request)
         if notice is not None:
             return notice
-        with _in_metadata(spend):
-            response = handler(asked)
-        return self._answered(request, response, spend)
+        with _in_metadata(spend), claim as held:
+            return self._answered(request, handler(asked), spend, held)
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> AIMessage | ExtendedModelResponse[Any]:
         """Call the model within its budget."""
-        notice, asked, spend = self._asked(request)
+        notice, asked, spend, claim = self._asked(request)
         if notice is not None:
             return notice
-        with _in_metadata(spend):
-            response = await handler(asked)
-        return self._answered(request, response, spend)
+        with _in_metadata(spend), claim as held:
+            return self._answered(request, await handler(asked), spend, held)
 
-    def _asked(self, request: ModelRequest[Any]) -> tuple[AIMessage | None, ModelRequest[Any], Spend]:
-        """What ends the run instead, or None; the request as the model gets it; its entry as far as it is known."""
+    def _asked(
+        self, request: ModelRequest[Any]
+    ) -> tuple[AIMessage | None, ModelRequest[Any], Spend, AbstractContextManager[Claim]]:
+        """What ends the run instead, or None; the request as the model gets it; its entry so far; its claim to that."""
         state = cast("dict[str, Any]", request.state)
-        ledger = merge_ledgers(state.get("ledger", {}), state.get(_FRESH, {}))
+        config = _config()
+        ledger = with_lost(merge_ledgers(state.get("ledger", {}), _spent_in_this_node(state)), config)
         kind = step_kind(request)
-        budget, risk = self._limits(request)
+        around, budget, risk = self._limits(kind, request, ledger)
         left = self._left(budget, ledger)
         caps = [one for one in (self._most_of(kind), left) if one is not None]
         if budget is not None:
-            caps.append(allowance(kind, budget, ledger))
+            caps.append(share_of(kind, budget, ledger))
         cap = min(caps) if caps else None
         epsilon, heuristic = self._risk_of(kind, request, risk, ledger)
         spend = opened(
-            kind, budget, risk, node="model", turn=turn_of(state), model=_name(request.model), cap=cap,
-            epsilon=epsilon or 0.0, heuristic=heuristic,
+            kind, budget, risk, within="|".join(around), node="model", turn=turn_of(state), model=_name(request.model),
+            cap=cap, epsilon=epsilon or 0.0, heuristic=heuristic,
         )  # fmt: skip
         if risk is None:
             spend["risk"] = state.get("reasoning_run", "")
         if left == 0 and self._exit_behavior != "answer":
-            return self._spent(budget, ledger), request, spend
+            return self._spent(budget, ledger), request, spend, claimed(spend, budget, risk, ledger, config)
         settings = dict(request.model_settings)
-        if epsilon is not None and self._exits(request.model):
+        if epsilon is not None and isinstance(request.model, ChatEarlyExit):
             settings |= {"confidence": 1 - epsilon} if epsilon > 0 else {"confidence": None, "exit_policy": "never"}
         elif epsilon:
             spend["epsilon"] = 0.0
+            self._cannot(f"{_name(request.model)} never exits early, so its steps cannot be cut at any confidence")
         model = request.model
         turned = None if cap is None else turn(model, cap, settings, request.messages)
         if turned is not None:
             model, settings = turned.model, turned.settings
             spend["cap"] = cap if turned.cap is None else turned.cap
+            if turned.thinks_on:
+                self._cannot(f"{_name(model)} may think on with nothing left: its least effort is {turned.thinks_on}")
         elif cap is not None:
             self._cannot(f"{_name(request.model)} cannot be told to think less than {cap} tokens: it reports no such "
                          "setting. Set one on it (reasoning_effort, reasoning or thinking), or give it a profile with "
                          "reasoning_effort_levels")  # fmt: skip
-        tell_step(spend, left)
-        return None, request.override(model=model, model_settings=settings), spend
+        tell_step(spend, budget, ledger, left)
+        claim = claimed(spend, budget, risk, ledger, config)
+        return None, request.override(model=model, model_settings=settings), spend, claim
 
     def _answered(
-        self, request: ModelRequest[Any], response: ModelResponse[Any], spend: Spend
+        self, request: ModelRequest[Any], response: ModelResponse[Any], spend: Spend, claim: Claim
     ) -> ExtendedModelResponse[Any]:
         fresh: Ledger = {}
         for message in response.result:
             # A middleware further in may have answered without a model; only a model's answer has an id by now.
             if isinstance(message, AIMessage) and message.id is not None:
                 fresh[f"{spend['step']}/{message.id}"] = entry = self._entry(spend, message)
+                claim.spent(f"{spend['step']}/{message.id}", entry)
                 tell({"event": "early_exit.spent", **entry})
-        # A middleware further out may ask again, and core then drops what this call would write. The node's own copy
-        # of the state is what both calls share.
-        state = cast("dict[str, Any]", request.state)
-        state[_FRESH] = merge_ledgers(state.get(_FRESH, {}), fresh)
-        return ExtendedModelResponse(response, Command(update={"ledger": state[_FRESH]}))
+        # A middleware further out may ask again, and core then drops what this call would write.
+        spent = _spent_in_this_node(request.state)
+        spent.update(merge_ledgers(spent, {**claim.lost, **fresh}))
+        return ExtendedModelResponse(response, Command(update={"ledger": dict(spent)}))
 
     def _entry(self, spend: Spend, message: AIMessage) -> Spend:
         if KEY in message.response_metadata:
@@ -255,22 +275,25 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         told = {"reason": "unreported", "guarantee": None}
         return {**spend, "thinking": counted, "reasoning": counted, "exit": told}
 
-    def _limits(self, request: ModelRequest[Any]) -> tuple[Budget | None, Risk | None]:
-        """The run's budget and risk: the context's, else the state's, else this middleware's."""
+    def _limits(
+        self, kind: Kind, request: ModelRequest[Any], ledger: Ledger
+    ) -> tuple[list[str], Budget | None, Risk | None]:
+        """The steps around the agent, and its budget and risk: the context's, else the state's, else its own."""
         state = cast("dict[str, Any]", request.state)
         run = {"id": state.get("reasoning_run", "")}
+        around, budget, risk = limits_of(kind, state, _config(), ledger)
         given = _of_context(request, "reasoning_budget")
-        mine = given is not None or "budget" not in state
-        if given is None:
-            given = state.get("budget", self._budget)
-        budget: Budget | None = None
+        if given is None and budget is None:
+            given = self._budget
         if given is not None:
             told = dict(given) if isinstance(given, Mapping) else {"tokens": given}
-            budget = check_budget(cast("Budget", {**(run if mine else {}), "weights": self._weights, **told}))
-        risk = _of_context(request, "reasoning_risk")
-        if risk is not None:
-            return budget, check_risk(cast("Risk", {**run, **risk}))
-        return budget, check_risk(state["risk"]) if "risk" in state else None
+            budget = check_budget(cast("Budget", {**run, **told}))
+        if budget is not None:
+            named = budget.get("weights", {})
+            _check_kinds("a budget", named)
+            budget = {**budget, "weights": {**self._weights, **named}}
+        own = _of_context(request, "reasoning_risk")
+        return around, budget, risk if own is None else check_risk(cast("Risk", {**run, **own}))
 
     def _left(self, budget: Budget | None, ledger: Ledger) -> int | None:
         left = [] if budget is None else [remaining(budget, ledger)]
@@ -285,7 +308,13 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         self, kind: Kind, request: ModelRequest[Any], risk: Risk | None, ledger: Ledger
     ) -> tuple[float | None, bool]:
         """Risk of the step, None where the model's own policy decides; and whether that is heuristic."""
-        if self._irreversible & {tool_name(tool) for tool in request.tools}:
+        offered = names_of(request.tools)
+        if offered and (missing := sorted(self._irreversible - offered)):
+            self._warn(
+                f"irreversible names {', '.join(missing)}, and a step is offered {', '.join(sorted(offered))} only; "
+                "mind the spelling, unless a middleware chooses the tools of a step"
+            )
+        if self._irreversible & offered:
             return 0.0, False
         if risk is not None:
             return risk_of(kind, risk, ledger)
@@ -298,14 +327,6 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         run = cast("dict[str, Any]", request.state).get("reasoning_run", "")
         taken = sum(entry["epsilon"] for entry in ledger.values() if entry["risk"] == run)
         return (wanted if taken + wanted <= self._epsilon + _SLACK else 0.0), False
-
-    def _exits(self, model: Any) -> TypeGuard[ChatEarlyExit]:
-        """Whether the model can be told when to exit; where it cannot, this is said."""
-        if isinstance(model, ChatEarlyExit):
-            return True
-        if self._confidence is not None:
-            self._cannot(f"{_name(model)} never exits early, so its steps cannot be cut at any confidence")
-        return False
 
     def _spent(self, budget: Budget | None, ledger: Ledger) -> AIMessage:
         counts = [] if budget is None else [f"run {budget['tokens'] - remaining(budget, ledger)} of {budget['tokens']}"]
@@ -321,9 +342,28 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
     def _cannot(self, text: str) -> None:
         if self._unsupported == "raise":
             raise ValueError(f'{text}. unsupported_model_behavior="warn" or "ignore" lets it run')
-        if self._unsupported == "warn" and text not in self._told:
+        if self._unsupported == "warn":
+            self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        if text not in self._told:
             self._told.add(text)
             warnings.warn(text, stacklevel=2)
+
+
+def _spent_in_this_node(state: Any) -> Ledger:
+    """What the calls of the node that runs have spent, to be added to: whatever state a middleware hands each of them.
+
+    It lies in the node's own configuration, which is all that those calls are sure to share.
+    """
+    shared = _config().setdefault("configurable", {})
+    spent: Ledger = shared.setdefault(f"{_FRESH}:{state.get('reasoning_run', '')}", {})
+    return spent
+
+
+def _config() -> RunnableConfig:
+    """That of the node that runs."""
+    return var_child_runnable_config.get() or {}
 
 
 def _of_context(request: ModelRequest[Any], name: str) -> Any:
@@ -344,15 +384,13 @@ def _values(given: Any) -> Iterator[Any]:
 def _check_kinds(what: str, given: Any) -> None:
     odd = sorted(set(given) - set(KINDS)) if isinstance(given, Mapping) else []
     if odd:
-        raise ValueError(f"{what} names {', '.join(odd)}, but the kinds of steps are {', '.join(KINDS)}")
+        raise ValueError(f"{what} names {', '.join(odd)}, but the kinds of an agent's steps are {', '.join(KINDS)}")
 
 
 @contextmanager
 def _in_metadata(spend: Spend) -> Iterator[None]:
     """Runs that begin inside say in their metadata which step they are."""
-    config = var_child_runnable_config.get() or {}
-    told = {"early_exit_step": spend["step"]} | ({} if spend["cap"] is None else {"early_exit_cap": spend["cap"]})
-    token = var_child_runnable_config.set({**config, "metadata": {**(config.get("metadata") or {}), **told}})
+    token = var_child_runnable_config.set(told_of(spend, _config()))
     try:
         yield
     finally:

@@ -1,14 +1,16 @@
 """One call of a reasoning model as a graph node: what it may spend is read from state, what it spent is written back.
 
-Nothing here sums or splits: that is `ledger` and `budgets`. A node keeps nothing between calls, so one model may serve
-any number of graphs at once.
+Nothing here sums or splits: that is `ledger`, `parts` and `budgets`. A node keeps nothing between calls, so one model
+may serve any number of graphs at once; that calls which run at once do not take the same tokens is seen to in `claims`.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, AnyMessage, BaseMessage, HumanMessage, RemoveMessage
@@ -21,8 +23,8 @@ from langgraph.graph.message import add_messages
 from langgraph.types import interrupt
 from typing_extensions import TypedDict
 
-from langchain_earlyexit.budgets import spread_risk
 from langchain_earlyexit.chat_models import ChatEarlyExit
+from langchain_earlyexit.claims import Claim, Claims, holds
 from langchain_earlyexit.ledger import (
     Budget,
     Ledger,
@@ -33,11 +35,16 @@ from langchain_earlyexit.ledger import (
     check_risk,
     merge_ledgers,
     opened,
+    pace_of,
     remaining,
     risk_of,
 )
+from langchain_earlyexit.parts import known_as, part_of, part_of_risk
+from langchain_earlyexit.places import around_of, place_of
 from langchain_earlyexit.record import KEY, from_cache
 from langchain_earlyexit.settings import Settings
+
+_CLAIMS: Final = Claims()
 
 State = Any
 """A graph's state, a mapping. LangGraph's types let no node be written for any mapping whatever."""
@@ -61,6 +68,18 @@ class ReasoningState(TypedDict, total=False):
     step: str
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A call before it is made: its prompt and keywords, its entry as far as it is known, and what it may take."""
+
+    prompt: LanguageModelInput
+    keywords: dict[str, Any]
+    spend: Spend
+    replaced: list[BaseMessage]
+    ledger: Ledger
+    claim: AbstractContextManager[Claim]
+
+
 def reasoning_node(
     model: Runnable[LanguageModelInput, AIMessage],
     *,
@@ -77,15 +96,20 @@ def reasoning_node(
 
     The cap on its thinking is what `state["budget"]` allows its step (times `share`, and at most `most` and the
     model's own), and its `confidence` is 1 - the risk that `state["risk"]` allows; a step without any is never cut. The
-    call's entry goes to `state["ledger"]`. A call that fails writes nothing, so a retried step counts once. Custom
-    stream events `early_exit.step` (what it may spend) and `early_exit.spent` (its entry) go out beside it.
+    call's entry goes to `state["ledger"]`. A call that fails writes nothing, so a retried step counts once; what was
+    spent before `writes` failed is written by the next attempt in the same process. Nodes of one superstep do not see
+    each other's spend: those that could together take more than is left are refused, unless weights, shares or
+    `branches` tell them apart. In a graph that is a node of another, a step that the budget or the risk does not name
+    counts as a part of that node's step. Custom stream events `early_exit.step` (what it may spend) and
+    `early_exit.spent` (its entry) go out beside it.
 
     Args:
         model: a `ChatEarlyExit`, or one with keywords, tools, a configuration or retries bound to it.
         name: of the node; also its step's, where the state has no `step`.
         share: part of the step's allowance that this call may take, in (0, 1]; less leaves some for a second try.
         most: cap on the call's thinking tokens, whatever the budget.
-        may_cut: False for a step that must never exit early, such as one before a tool call that cannot be undone.
+        may_cut: False for a step that no policy may end, such as one before a tool call that cannot be undone. Caps
+            hold all the same: where they must not either, keep the budget out of the state that the node gets.
         reads: the prompt; when None `state["messages"]`, but for an earlier try of this step at their end.
         writes: what an answer, and the state it was asked in, add to the state; when None the answer goes to
             `messages`, where it takes the place of an earlier try of this step at their end.
@@ -95,9 +119,10 @@ def reasoning_node(
     Raises:
         TypeError: no such model.
         ValueError: a share or cap that cannot be. When it runs: a risk, and a model without a calibration; a budget
-            or risk without a ledger, or without a weight for this step.
+            or risk without a ledger, or without a weight for this step; steps that run at once and could take more
+            than is left.
     """
-    chat, bound = _chat_of(model)
+    chat, bound = chat_of(model)
     if not 0 < share <= 1:
         raise ValueError(f"share is the part of the allowance that a call may take, in (0, 1], not {share}")
     if most is not None and most < 0:
@@ -106,54 +131,64 @@ def reasoning_node(
     chat.call_settings(**{**bound, **_capped(0)})
     tries = {name, *replaces}
 
-    def given(
-        state: State, config: RunnableConfig
-    ) -> tuple[LanguageModelInput, dict[str, Any], Spend, list[BaseMessage]]:
-        """Prompt and keywords of the call, its entry as far as it is known, and the tries it replaces."""
-        chat, bound = _chat_of(model, config)
+    def given(state: State, config: RunnableConfig) -> _Asked:
+        chat, bound = chat_of(model, config)
         step = state.get("step") or name
-        ledger: Ledger = _ledger(state)
+        ledger = with_lost(_ledger(state), config)
+        around, budget, risk = limits_of(step, state, config, ledger)
         asked: dict[str, Any] = {}
         caps = [] if most is None else [most]
-        budget: Budget | None = state.get("budget")
         if budget is not None:
-            caps.append(int(allowance(step, check_budget(budget), ledger) * share))
+            caps.append(int(allowance(step, budget, ledger) * share))
         own = chat.call_settings(**bound).budget
         if own is not None:
             caps.append(own)
         if caps:
             asked |= _capped(min(caps))
-        risk: Risk | None = state.get("risk")
+        earlier = None if writes else _earlier_try(state, step, tries)
+        again = earlier is not None and ledger[earlier[0]]["node"] == name
+        free = may_cut and not again  # what a policy once gave up on, it would give up on again
         epsilon, heuristic = 0.0, False
-        if risk is not None and may_cut:
-            epsilon, heuristic = risk_of(step, check_risk(risk), ledger)
+        if risk is not None and free:
+            epsilon, heuristic = risk_of(step, risk, ledger)
         if epsilon > 0:
             asked |= {"confidence": 1 - epsilon}
-        elif risk is not None or not may_cut:
+        elif risk is not None or not free:
             asked |= {"confidence": None, "exit_policy": "never"}
-        replaced = [] if writes else _earlier_try(state, step, tries)
+        replaced = [] if earlier is None else [earlier[1]]
         prompt = reads(state) if reads else state["messages"][: len(state["messages"]) - len(replaced)]
         spend = opened(
-            step, budget, risk, node=name, turn=turn_of(state), model=chat.model,
+            step, budget, risk, within="|".join(around), node=name, turn=turn_of(state), model=chat.model,
             cap=min(caps) if caps else None, epsilon=epsilon, heuristic=heuristic,
         )  # fmt: skip
-        tell_step(spend, None if budget is None else remaining(budget, ledger))
-        return prompt, {**asked, **(keywords(state) if keywords else {})}, spend, replaced
+        if earlier is not None and again and not reads and not keywords:
+            spend["retry_of"] = earlier[0]
+        tell_step(spend, budget, ledger)
+        asked |= keywords(state) if keywords else {}
+        return _Asked(prompt, asked, spend, replaced, ledger, claimed(spend, budget, risk, ledger, config))
 
-    def taken(state: State, message: AIMessage, spend: Spend, replaced: list[BaseMessage]) -> dict[str, Any]:
-        spend = closed(spend, message)
+    def taken(state: State, message: AIMessage, asked: _Asked, claim: Claim) -> dict[str, Any]:
+        if f"{asked.spend['step']}/{message.id}" in asked.ledger:
+            # A cache told this step's own earlier answer again, id and all: it is another try all the same.
+            message = message.model_copy(update={"id": str(uuid.uuid4())})
+        spend, key = closed(asked.spend, message), f"{asked.spend['step']}/{message.id}"
+        claim.spent(key, spend)
         tell({"event": "early_exit.spent", **spend})
-        removed = [RemoveMessage(id=str(old.id)) for old in replaced]
+        removed = [RemoveMessage(id=str(old.id)) for old in asked.replaced]
         added = dict(writes(message, state)) if writes else {"messages": [*removed, message]}
-        return {**added, "ledger": {f"{spend['step']}/{message.id}": spend}}
+        return {**added, "ledger": {**claim.lost, key: spend}}
 
     def think(state: State, config: RunnableConfig) -> dict[str, Any]:
-        prompt, asked, spend, replaced = given(state, config)
-        return taken(state, model.invoke(prompt, config, **asked), spend, replaced)
+        asked = given(state, config)
+        with asked.claim as claim:
+            message = model.invoke(asked.prompt, told_of(asked.spend, config), **asked.keywords)
+            return taken(state, message, asked, claim)
 
     async def athink(state: State, config: RunnableConfig) -> dict[str, Any]:
-        prompt, asked, spend, replaced = given(state, config)
-        return taken(state, await model.ainvoke(prompt, config, **asked), spend, replaced)
+        asked = given(state, config)
+        with asked.claim as claim:
+            message = await model.ainvoke(asked.prompt, told_of(asked.spend, config), **asked.keywords)
+            return taken(state, message, asked, claim)
 
     return RunnableLambda(think, athink, name=name)
 
@@ -161,20 +196,23 @@ def reasoning_node(
 def ask_human(name: str = "human") -> Runnable[State, dict[str, Any]]:
     """A node that shows the last answer to a person, by `interrupt`, and goes on with their word.
 
-    The interrupt's value has `question`, `answer` and `exit` (the record). Resume with True to keep the answer, or
-    with the text of another; its message then says `corrected_by: human` in its response metadata. The graph needs a
-    checkpointer.
+    The interrupt's value has `question`, `answer` and `exit` (the record; None where another package's model
+    answered). Resume with True to keep the answer, or with the text of another; its message then says
+    `corrected_by: human` in its response metadata. The graph needs a checkpointer.
+
+    Raises:
+        TypeError: resumed with something else.
+        ValueError: the last message is no answer.
     """
 
     def ask(state: State) -> dict[str, Any]:
-        doubted = state["messages"][-1]
-        said = interrupt(
-            {
-                "question": question_of(state),
-                "answer": doubted.text,
-                "exit": _without_trace(doubted.response_metadata[KEY]),
-            }
-        )
+        doubted = next(reversed(state["messages"]), None)
+        if not isinstance(doubted, AIMessage):
+            found = "there is no message" if doubted is None else f"the last message is of type {doubted.type!r}"
+            raise ValueError(f"ask_human shows a model's answer to a person, but {found}: put it after a model's node")
+        record = doubted.response_metadata.get(KEY)
+        exit_ = None if record is None else _without_trace(record)
+        said = interrupt({"question": question_of(state), "answer": doubted.text, "exit": exit_})
         if said is True:
             return {"messages": []}
         if not isinstance(said, str) or not said:
@@ -186,62 +224,9 @@ def ask_human(name: str = "human") -> Runnable[State, dict[str, Any]]:
     return RunnableLambda(ask, name=name)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a ready graph's run may spend, where the caller does not say.
-
-    Args:
-        graph: its name.
-        tokens: thinking tokens of one turn; None for no cap.
-        weights: shares of any budget, by step; None: a step may take all that remains.
-        epsilon: risk of one turn; None: the models' own policies decide.
-        risk_weights: shares of any risk, by step.
-    """
-
-    graph: str
-    tokens: int | None
-    weights: Mapping[str, float] | None
-    epsilon: float | None
-    risk_weights: Mapping[str, float]
-
-    def check(self, *models: Runnable[LanguageModelInput, AIMessage]) -> None:
-        """Raise ValueError for numbers that cannot be, or for a risk and a model that has no calibration for it."""
-        if self.tokens is not None:
-            check_budget({"tokens": self.tokens})
-        for risk in [] if self.epsilon is None else set(spread_risk(self.epsilon, self.risk_weights).values()) - {0.0}:
-            for model in models:
-                _chat_of(model)[0].call_settings(confidence=1 - risk)
-
-    def of(self, state: State) -> dict[str, Any]:
-        """The `budget` and `risk` with which a run begins.
-
-        What the caller gave stands, and gets only the weights or shares that it lacks; without an id, it is the whole
-        thread's. The graph's own are for one turn of the conversation.
-        """
-        own = f"{self.graph}:{turn_of(state)}"
-        told: dict[str, Any] = {}
-        budget = state.get("budget")
-        weights = {} if self.weights is None else {"weights": dict(self.weights)}
-        if budget is not None and not self._mine(check_budget(budget)):
-            told["budget"] = {**weights, **budget}
-        elif self.tokens is not None:
-            told["budget"] = {"tokens": self.tokens, **weights, "id": own}
-        risk = state.get("risk")
-        if risk is not None and not self._mine(check_risk(risk)):
-            shared = "shares" in risk or "weights" in risk
-            told["risk"] = risk if shared else {**risk, "shares": spread_risk(risk["epsilon"], self.risk_weights)}
-        elif self.epsilon is not None:
-            shares = spread_risk(self.epsilon, self.risk_weights)
-            told["risk"] = {"epsilon": self.epsilon, "shares": shares, "id": own}
-        return told
-
-    def _mine(self, limit: Budget | Risk) -> bool:
-        return limit.get("id", "").startswith(f"{self.graph}:")
-
-
 def settings_of(model: Runnable[LanguageModelInput, AIMessage]) -> Settings:
     """The settings of a call to `model`, with what is bound to it."""
-    chat, bound = _chat_of(model)
+    chat, bound = chat_of(model)
     return chat.call_settings(**bound)
 
 
@@ -263,7 +248,7 @@ def question_of(state: State) -> str:
     raise ValueError("the graph answers the last human message, and the state's messages have none")
 
 
-def _chat_of(model: Any, config: RunnableConfig | None = None) -> tuple[ChatEarlyExit, dict[str, Any]]:
+def chat_of(model: Any, config: RunnableConfig | None = None) -> tuple[ChatEarlyExit, dict[str, Any]]:
     """The chat model that a call with this configuration comes to, and the keywords bound to it."""
     bound: dict[str, Any] = {}
     under = model
@@ -299,16 +284,47 @@ def _ledger(state: State) -> Ledger:
     return {}
 
 
-def _earlier_try(state: State, step: str, nodes: Collection[str]) -> list[BaseMessage]:
-    """The last message, where one of `nodes` wrote it for this step."""
+def limits_of(
+    step: str, state: State, config: RunnableConfig, ledger: Ledger
+) -> tuple[list[str], Budget | None, Risk | None]:
+    """The steps around a step, and what budget and risk it shares with others."""
+    part = state.get("reasoning_part")
+    if part is not None:  # in a ready graph
+        return part["around"], part.get("budget", state.get("budget")), part.get("risk", state.get("risk"))
+    around = around_of(config)
+    budget: Budget | None = state.get("budget")
+    risk: Risk | None = state.get("risk")
+    if budget is not None and (known := known_as(step, around, check_budget(budget))) != step:
+        budget = part_of(known, budget, ledger)
+    if risk is not None and (known := known_as(step, around, check_risk(risk))) != step:
+        risk = part_of_risk(known, risk, ledger)
+        risk = {**risk, "shares": {step: risk["epsilon"]}}
+    return around, budget, risk
+
+
+def with_lost(ledger: Ledger, config: RunnableConfig) -> Ledger:
+    """A ledger as a node sees it, and what earlier attempts of this node spent before they failed."""
+    return merge_ledgers(ledger, _CLAIMS.lost(place_of(config)))
+
+
+def claimed(
+    spend: Spend, budget: Budget | None, risk: Risk | None, ledger: Ledger, config: RunnableConfig
+) -> AbstractContextManager[Claim]:
+    """To be held while a call runs, so that no other that runs beside it takes the same (see `claims`)."""
+    held = holds(spend["step"], budget, spend["cap"], risk, spend["epsilon"], ledger)
+    return _CLAIMS.claimed("|".join(filter(None, (spend["within"], spend["step"]))), place_of(config), held, ledger)
+
+
+def _earlier_try(state: State, step: str, nodes: Collection[str]) -> tuple[str, BaseMessage] | None:
+    """The last message and the key of its entry, where one of `nodes` wrote it for this step."""
     last = state.get("messages", [])[-1:]
     if not last or not isinstance(last[0], AIMessage):
-        return []
+        return None
     for key, entry in state.get("ledger", {}).items():
         # A node that was given no step is a step of its own name.
         if key.endswith(f"/{last[0].id}") and entry["node"] in nodes and entry["step"] in (step, entry["node"]):
-            return list(last)
-    return []
+            return key, last[0]
+    return None
 
 
 def closed(spend: Spend, message: AIMessage) -> Spend:
@@ -338,10 +354,29 @@ def _without_trace(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "trace"}
 
 
-def tell_step(spend: Spend, left: int | None) -> None:
-    """Tell what a call may spend before it begins, and what is left of the budget, if there is one."""
-    told = {"event": "early_exit.step", **{key: spend[key] for key in ("step", "node", "cap", "epsilon")}}
-    tell(told if left is None else {**told, "remaining": left})
+def told_of(spend: Spend, config: RunnableConfig) -> RunnableConfig:
+    """`config` for the model's run, whose metadata then says which step it is and what it may think at most."""
+    told = {"early_exit_step": spend["step"]} | ({} if spend["cap"] is None else {"early_exit_cap": spend["cap"]})
+    return {**config, "metadata": {**(config.get("metadata") or {}), **told}}
+
+
+def tell_step(spend: Spend, budget: Budget | None, ledger: Ledger, left: int | None = None) -> None:
+    """Tell what a call may spend before it begins, what is left of its budget, and whether the run keeps to its pace.
+
+    Args:
+        spend: its entry so far.
+        budget: of the run, None without.
+        ledger: of the run.
+        left: tokens that are left, where that is not only the budget's to say.
+    """
+    told: dict[str, Any] = {key: spend[key] for key in ("step", "node", "cap", "epsilon")}
+    if budget is not None:
+        told["remaining"] = remaining(budget, ledger)
+        if (rate := pace_of(spend["step"], budget, ledger)) is not None:
+            told["pace"] = rate
+    if left is not None:
+        told["remaining"] = left
+    tell({"event": "early_exit.step", **told})
 
 
 def tell(event: dict[str, Any]) -> None:

@@ -21,8 +21,10 @@ from langgraph.types import Checkpointer, Overwrite, Send
 from langchain_earlyexit.answers import BOXED
 from langchain_earlyexit.budgets import RISK_WEIGHTS, TOKEN_WEIGHTS, decay
 from langchain_earlyexit.cascade import Answered
-from langchain_earlyexit.ledger import branches
-from langchain_earlyexit.node import Limits, ReasoningState, State, question_of, reasoning_node, settings_of
+from langchain_earlyexit.limits import Limits, PartState
+from langchain_earlyexit.node import ReasoningState, State, question_of, reasoning_node, settings_of
+from langchain_earlyexit.parts import branches
+from langchain_earlyexit.places import standing_in
 
 Model = Runnable[LanguageModelInput, AIMessage]
 
@@ -65,7 +67,7 @@ def result_in(message: AIMessage) -> str:
     return BOXED.extract(message.text) or message.text.strip()
 
 
-class _Plan(ReasoningState, total=False):
+class _Plan(PartState, total=False):
     plan: list[str]
     results: Annotated[dict[str, str], operator.or_]
     work: Annotated[list[AnyMessage], add_messages]
@@ -131,9 +133,9 @@ def create_plan_and_solve(
     limits = Limits(name, budget, longest, epsilon, risky)
     limits.check(planner, composer, *([] if isinstance(solver, CompiledStateGraph) else [solver]))
 
-    def begin(state: State) -> dict[str, Any]:
+    def begin(state: State, config: RunnableConfig) -> dict[str, Any]:
         return {
-            **limits.of(state), "step": "", "question": question_of(state), "plan": [],
+            **limits.begin(state, config), "question": question_of(state), "plan": [],
             "results": Overwrite({}), "work": Overwrite([]),
         }  # fmt: skip
 
@@ -142,10 +144,11 @@ def create_plan_and_solve(
         if len(steps) > max_steps or not _grounded(steps):
             steps = []
         told: dict[str, Any] = {"plan": steps, "work": [message]}
-        mine = state.get("budget")
-        if mine is not None and mine.get("weights") == longest:
+        part = state["reasoning_part"]
+        if part.get("budget", {}).get("weights") == longest:
             # Steps that do not come leave their tokens to those that do.
-            told["budget"] = {**mine, "weights": _weights(len(steps), schedule)}
+            budget = {**part["budget"], "weights": _weights(len(steps), schedule)}
+            told["reasoning_part"] = {**part, "budget": budget}
         return told
 
     def fan_out(state: State) -> list[Send] | str:
@@ -155,9 +158,11 @@ def create_plan_and_solve(
         ]  # fmt: skip
         if not ready:
             return "answer"
-        told = branches([f"step {i}" for i in ready], state.get("budget"), state.get("risk"), state["ledger"])
+        part = state["reasoning_part"]
+        told = branches([f"step {i}" for i in ready], part.get("budget"), part.get("risk"), state["ledger"])
+        around = {"reasoning_part": {"around": part["around"]}}
         return [
-            Send("step", {**one, "question": _filled(state["plan"][i - 1], state["results"])})
+            Send("step", {**one, **around, "question": _filled(state["plan"][i - 1], state["results"])})
             for i, one in zip(ready, told, strict=True)
         ]
 
@@ -208,18 +213,21 @@ def _step(
 
     def given(state: State) -> dict[str, Any]:
         return {
-            **{key: state[key] for key in state if key != "question"},
+            **{key: state[key] for key in state if key not in {"question", "reasoning_part"}},
             "messages": [HumanMessage(state["question"])],
         }
 
     def taken(state: State, done: Mapping[str, Any]) -> dict[str, Any]:
         return {**solved(done["messages"][-1], state), "ledger": done["ledger"]}
 
+    def within(state: State, config: RunnableConfig) -> RunnableConfig:
+        return standing_in([*state["reasoning_part"]["around"], state["step"]], config)
+
     def solve(state: State, config: RunnableConfig) -> dict[str, Any]:
-        return taken(state, graph.invoke(given(state), config))
+        return taken(state, graph.invoke(given(state), within(state, config)))
 
     async def asolve(state: State, config: RunnableConfig) -> dict[str, Any]:
-        return taken(state, await graph.ainvoke(given(state), config))
+        return taken(state, await graph.ainvoke(given(state), within(state, config)))
 
     return RunnableLambda(solve, asolve, name="step")
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from langchain_core.messages import BaseMessage
@@ -21,6 +22,21 @@ from langchain_earlyexit.families import Family, ThinkTags, thinking_state
 from langchain_earlyexit.inert import Controls, encode_pieces, unused_mark
 from langchain_earlyexit.messages import Message, to_template
 from langchain_earlyexit.toolturns import ToolTurns
+from langchain_earlyexit.turnshapes import (
+    CALLED,
+    GIVEN,
+    OFFERED,
+    SPOKEN,
+    Shape,
+    calls_apart,
+    calls_bare,
+    merged,
+    no_system,
+    one_system,
+    probe,
+    with_json_arguments,
+    with_system_line,
+)
 
 
 @dataclass(frozen=True)
@@ -70,54 +86,8 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _merged(messages: Sequence[Message]) -> list[Message]:
-    """Join neighbours of one role: for templates that insist on taking turns, or keep one system message."""
-    result: list[Message] = []
-    for message in messages:
-        last = result[-1] if result else None
-        if last is None or message["role"] == "tool" or last["role"] != message["role"]:
-            result.append(dict(message))
-            continue
-        for key in ("content", "reasoning_content"):
-            texts = [text for text in (last.get(key), message.get(key)) if text]
-            if texts or key == "content":
-                last[key] = "\n\n".join(texts)
-        if message.get("tool_calls"):
-            last["tool_calls"] = [*last.get("tool_calls", ()), *message["tool_calls"]]
-    return result
-
-
-def _one_system(messages: Sequence[Message]) -> list[Message]:
-    """Let users say later system messages: for templates that read none but the first."""
-    late = [{**m, "role": "user"} if i and m["role"] == "system" else m for i, m in enumerate(_merged(messages))]
-    return _merged(late)
-
-
-def _no_system(messages: Sequence[Message]) -> list[Message]:
-    """Let users say the system prompt: for templates that know no such role."""
-    return _merged([{**m, "role": "user"} if m["role"] == "system" else m for m in messages])
-
-
-def _with_json_arguments(messages: Sequence[Message]) -> list[Message]:
-    """Write the arguments of tool calls as JSON text: for templates that add them to a string."""
-
-    def written(call: Message) -> Message:
-        function, arguments = call["function"], call["function"]["arguments"]
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return {**call, "function": {**function, "arguments": text}}
-
-    return [
-        {**m, "tool_calls": [written(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
-    ]
-
-
-def _with_system_line(messages: Sequence[Message], line: str) -> list[Message]:
-    if not line:
-        return list(messages)
-    if messages[0]["role"] == "system":
-        first = {**messages[0], "content": f"{line}\n\n{messages[0]['content']}".rstrip()}
-        return [first, *messages[1:]]
-    return [{"role": "system", "content": line}, *messages]
+_call_shapes: WeakKeyDictionary[Any, dict[str, Shape | None]] = WeakKeyDictionary()
+"""What was found out about the templates of each tokenizer: to ask again for every call would take longer than it."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +112,21 @@ class _Chat:
 
     def render(self, *, prompt: bool) -> str:
         documents = {} if self.documents is None else {"documents": self.documents}
-        text: str = self.tokenizer.apply_chat_template(
+        text: str
+        if any(message["content"] is None for message in self.messages):
+            from transformers.utils.chat_template_utils import render_jinja_template
+
+            # The tokenizer would leave out a key that holds None, but a template may ask for just that.
+            (text,), _ = render_jinja_template(
+                [self.messages],
+                tools=self.tools,
+                chat_template=_template_of(self.tokenizer, self.tools),
+                add_generation_prompt=prompt,
+                **documents,
+                **{**self.tokenizer.special_tokens_map, **self.kwargs},
+            )
+            return text
+        text = self.tokenizer.apply_chat_template(
             self.messages,
             tools=self.tools,
             tokenize=False,
@@ -161,8 +145,8 @@ class _Chat:
         """
         refusal: Exception | None = None
         partial: _Chat | None = None
-        for arguments in (list, _with_json_arguments):
-            for shape in (list, _merged, _one_system, _no_system):
+        for shape in (list, merged, one_system, no_system):
+            for arguments in (list, with_json_arguments):
                 form = replace(self, messages=arguments(shape(self.messages)))
                 try:
                     text = form.render(prompt=True)
@@ -177,6 +161,40 @@ class _Chat:
             return partial
         raise ValueError(f"The model's chat template refuses these messages: {refusal}") from refusal
 
+    def with_calls_shown(self, turns: ToolTurns) -> "_Chat":
+        """Give earlier calls the form in which the template shows them; where none does, tell them as `turns` does."""
+        known = _call_shapes.setdefault(self.tokenizer, {})
+        key = repr((_template_of(self.tokenizer, self.tools), bool(self.tools), self.kwargs))
+        if key not in known:
+            tools = [OFFERED] if self.tools else None
+            known[key] = replace(self, tools=tools, documents=None)._call_shape()
+        return replace(self, messages=(known[key] or turns.told)(self.messages))
+
+    def _call_shape(self) -> Shape | None:
+        """Find the form of calls that the template shows, by what it makes of a probe.
+
+        Best is one that shows the call behind what was said with it, and writes nothing else: no empty turn, no `None`.
+        """
+        shapes: list[Shape] = [list, calls_apart, calls_bare]
+        sizes = [self._probed(shape, "") for shape in shapes]
+        showing = [(shape, size) for shape, size in zip(shapes, sizes, strict=True) if size is not None]
+        if not showing:
+            return None
+        return max(showing, key=lambda each: (self._probed(each[0], SPOKEN) is not None, -each[1]))[0]
+
+    def _probed(self, shape: Shape, content: str) -> int | None:
+        """Length of a probe's rendering; None where something is not in it, or not in its place."""
+        try:
+            text = replace(self, messages=shape(probe(content))).accepted().render(prompt=True)
+        except ValueError:  # refused
+            return None
+        at = 0
+        for part in (content, CALLED, GIVEN):
+            at = text.find(part, at)
+            if at < 0:
+                return None
+        return len(text)
+
     def generation_prompt(self, text: str, mark: str) -> str:
         """Return what the template wrote into `text` for the model's turn, and nothing before it.
 
@@ -186,7 +204,7 @@ class _Chat:
         without = self.render(prompt=False)
         if text != without and text.startswith(without):
             return text[len(without) :]
-        last = {**self.messages[-1], "content": self.messages[-1]["content"] + mark}
+        last = {**self.messages[-1], "content": (self.messages[-1]["content"] or "") + mark}
         marked = replace(self, messages=[*self.messages[:-1], last]).render(prompt=True)
         return marked.rpartition(mark)[2] if mark in marked else ""
 
@@ -245,10 +263,13 @@ def render(
     if tags is not None:
         choice = family.template_switch
         switch = dict(choice.on if thinking else choice.off)
-        dicts = _with_system_line(dicts, choice.system_on if thinking else choice.system_off)
+        dicts = with_system_line(dicts, choice.system_on if thinking else choice.system_off)
     kwargs = {**switch, **(template_kwargs or {})}
     documents = kwargs.pop("documents", None)
-    chat = _Chat(tokenizer, dicts, listed, documents, kwargs).accepted()
+    chat = _Chat(tokenizer, dicts, listed, documents, kwargs)
+    if any(message.get("tool_calls") for message in dicts):
+        chat = chat.with_calls_shown(turns or ToolTurns())
+    chat = chat.accepted()
     strings = chat.strings()
     mark = unused_mark("".join([template, *strings]))
     controls = Controls.of(tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Literal
 
+from langgraph.config import get_config
 from langgraph.graph import END
 
 from langchain_earlyexit.ledger import Ledger, Spend, remaining
@@ -48,8 +49,8 @@ def route_by_confidence(
     Args:
         accept: where sure answers go.
         think_more: the node that tries again; often the same node, whose second call takes its share of what is left
-            and is not cut by a policy. Not chosen once the step had `tries` calls in this turn, or nothing is left of
-            the budget.
+            and is not cut by a policy (where the node has no `writes` of its own, so that its answer takes the first
+            one's place). Not chosen once the step had `tries` calls in this turn, or nothing is left of the budget.
         escalate: the node of a larger model or budget.
         ask: a node of `ask_human`.
         threshold: probability below which an answer is unsure, in [0, 1].
@@ -57,7 +58,8 @@ def route_by_confidence(
         step: whose last answer is judged; None: the state's `step`, or the last call of all.
 
     Raises:
-        ValueError: a threshold or number of tries that cannot be. When it runs: no call to judge.
+        ValueError: a threshold or number of tries that cannot be. When it runs: no call to judge, or a node that was
+            reached by a `Send`.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a probability, not {threshold}")
@@ -65,6 +67,7 @@ def route_by_confidence(
         raise ValueError(f"tries counts the first call too: at least 1, not {tries}")
 
     def route(state: State) -> str:
+        _check_not_sent()
         ledger: Ledger = state.get("ledger", {})
         named = step or state.get("step")
         calls = [entry for entry in ledger.values() if named is None or entry["step"] == named]
@@ -84,3 +87,17 @@ def route_by_confidence(
         return next((way for way in (*ways, ask) if way is not None), accept)
 
     return route
+
+
+def _check_not_sent() -> None:
+    """After a `Send` a route is shown the graph's state, not the branch's: a second try would lose step and budget."""
+    try:
+        told = get_config().get("metadata", {})
+    except RuntimeError:
+        return  # called by hand, outside a graph
+    if "__pregel_push" in told.get("langgraph_triggers", ()):
+        raise ValueError(
+            f"route_by_confidence goes on in the graph's own state, but {told['langgraph_node']!r} was reached by a "
+            "Send, whose step and budget only it can see: compile the node and its routes as a graph of their own, "
+            "which hands back `messages` or results and `ledger`, and Send to that"
+        )

@@ -7,11 +7,14 @@ for the other keywords would be none.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from functools import cache
 from typing import Any, Final
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 Schema = Mapping[str, Any]
 
@@ -34,6 +37,18 @@ _UNENFORCED = (
     "dependencies", "propertyNames", "unevaluatedProperties", "unevaluatedItems", "additionalItems", "$dynamicRef",
     "$recursiveRef", "disallow", "extends", "divisibleBy",
 )  # fmt: skip
+
+_BOUNDS = (("minimum", "exclusiveMinimum", ROUND_CEILING), ("maximum", "exclusiveMaximum", ROUND_FLOOR))
+"""Inclusive and exclusive keyword of each side, and the way inside."""
+
+_KEPT_DIGITS = 15
+"""Significant digits of a bound that the grammar compiler reads as it is written: of more it may take a neighbour."""
+
+_KEPT_POWER = 22
+"""Power of ten to which it reads those digits exactly."""
+
+_NEXT_TO_ZERO = 1e-16
+"""Bound that stands for an excluded zero: bounded numbers have no exponent, and end with their 17th digit."""
 
 _WITH_NUMBERS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
@@ -112,7 +127,29 @@ def _unenforced(part: Schema) -> str | None:
     if isinstance(least, int) and least > max(1, len(part.get("required", ()))):
         # The grammar counts properties but does not keep the names of unlisted ones apart.
         return f"the keyword 'minProperties' asks for {least}, more than 'required' names"
+    if part.get("patternProperties") and part.get("additionalProperties") is False and _is_used_up(part):
+        # The grammar would go on to a further property, and find no name for it.
+        return "the keyword 'patternProperties' allows no other names than those listed: put them under 'properties'"
     return None
+
+
+def _is_used_up(part: Schema) -> bool:
+    """Whether the patterns of this object match no name beside the required ones and those of its properties."""
+    names = {*part.get("properties", ()), *part.get("required", ())}
+    others = {
+        "type": "object",
+        "properties": dict.fromkeys(names, False),
+        "patternProperties": {pattern: {} for pattern in part["patternProperties"]},
+        "additionalProperties": False,
+    }
+    matcher = LLMatcher(_bytes(), LLMatcher.grammar_from_json_schema(others, overrides=COMPILE), log_level=0)
+    begun = _bytes().tokenize_str('{"')
+    return not matcher.is_error() and matcher.try_consume_tokens(begun) < len(begun)
+
+
+@cache
+def _bytes() -> LLTokenizer:
+    return LLTokenizer("byte")
 
 
 def _integers(value: Any) -> Iterator[int]:
@@ -154,7 +191,46 @@ def _tidied(value: Any, *, closing: bool) -> Any:
             tidy[key] = _tidied(inner, closing=closing) if key in _ALONE else inner
     if closing and "properties" in tidy and not {"additionalProperties", "patternProperties"} & tidy.keys():
         tidy["additionalProperties"] = False
+    for inclusive, exclusive, inside in _BOUNDS:
+        _bound(tidy, inclusive, exclusive, inside)
     return tidy
+
+
+def _bound(part: dict[str, Any], inclusive: str, exclusive: str, inside: str) -> None:
+    """Move one side's bounds inside to what the grammar compiler keeps: by two parts in 10**14 at most, 0 by 10**-16.
+
+    An exclusive bound becomes an inclusive one, for two reasons. The compiler lets an excluded integer through where
+    the other bound is in the same unit; and 1.00000000000000001, which is more than 1, is read as the double 1.0.
+    """
+    moved = []
+    for key in (inclusive, exclusive):
+        bound = part.get(key)
+        if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
+            continue  # no number: the compiler refuses it
+        if part.get("type") != "integer":
+            moved.append(_beyond(part.pop(key), inside) if key == exclusive else _kept(part.pop(key), inside))
+        elif not float(bound).is_integer():
+            moved.append((math.ceil if inside is ROUND_CEILING else math.floor)(part.pop(key)))
+    if moved:
+        moved += [part[inclusive]] if inclusive in part else []
+        part[inclusive] = max(moved) if inside is ROUND_CEILING else min(moved)
+
+
+def _kept(bound: float, inside: str) -> float:
+    """The nearest bound inside, itself included, that the grammar compiler reads as it is written."""
+    if isinstance(bound, int):  # one that would be rounded is refused
+        return bound
+    number = Context(prec=_KEPT_DIGITS, rounding=inside).plus(Decimal(repr(bound)))
+    return float(number) if abs(int(number.as_tuple().exponent)) <= _KEPT_POWER else _beyond(bound, inside)
+
+
+def _beyond(bound: float, inside: str) -> float:
+    """As `_kept`, itself excluded."""
+    if bound == 0:
+        return _NEXT_TO_ZERO if inside is ROUND_CEILING else -_NEXT_TO_ZERO
+    context = Context(prec=_KEPT_DIGITS, rounding=inside)
+    number = context.plus(Decimal(repr(bound)))
+    return float(context.next_plus(number) if inside is ROUND_CEILING else context.next_minus(number))
 
 
 def _problem(schema: Schema) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Checkpointer, Overwrite, Send
@@ -23,11 +23,12 @@ from langgraph.types import Checkpointer, Overwrite, Send
 from langchain_earlyexit.answers import BOXED, TEXT
 from langchain_earlyexit.budgets import RISK_WEIGHTS
 from langchain_earlyexit.cascade import Answered
-from langchain_earlyexit.ledger import branches
-from langchain_earlyexit.node import Limits, ReasoningState, State, reasoning_node
+from langchain_earlyexit.limits import Limits, PartState
+from langchain_earlyexit.node import ReasoningState, State, reasoning_node
+from langchain_earlyexit.parts import branches
 
 
-class _Votes(ReasoningState, total=False):
+class _Votes(PartState, total=False):
     seed: int
     chains: Annotated[dict[str, AIMessage], operator.or_]
     """Answers by chain, "chain 1" the first."""
@@ -92,10 +93,10 @@ def create_self_consistency(
     limits = Limits(name, budget, dict.fromkeys(names, 1.0), epsilon, dict.fromkeys(names, RISK_WEIGHTS["routine"]))
     limits.check(model)
 
-    def begin(state: State) -> dict[str, Any]:
+    def begin(state: State, config: RunnableConfig) -> dict[str, Any]:
         # Kept in state: a run that is resumed must go on with the seeds it began with.
         drawn = random.randrange(2**31) if seed is None else seed  # noqa: S311 - not a secret
-        return {**limits.of(state), "seed": drawn, "chains": Overwrite({}), "votes": {}}
+        return {**limits.begin(state, config), "seed": drawn, "chains": Overwrite({}), "votes": {}}
 
     def count(state: State) -> dict[str, Any]:
         return {"votes": dict(Counter(answer_of(state["chains"][name]) for name in names if name in state["chains"]))}
@@ -105,11 +106,10 @@ def create_self_consistency(
         wave = still_needed(state["votes"].values(), chains - begun)
         if not wave:
             return "elect"
-        told = branches(names[begun : begun + wave], state.get("budget"), state.get("risk"), state["ledger"])
-        return [
-            Send("chain", {**one, "messages": state["messages"], "seed": state["seed"] + begun + i})
-            for i, one in enumerate(told)
-        ]
+        part = state["reasoning_part"]
+        told = branches(names[begun : begun + wave], part.get("budget"), part.get("risk"), state["ledger"])
+        shown = {"messages": state["messages"], "reasoning_part": {"around": part["around"]}}
+        return [Send("chain", {**one, **shown, "seed": state["seed"] + begun + i}) for i, one in enumerate(told)]
 
     def elect(state: State) -> dict[str, Any]:
         votes: Mapping[str, int] = state["votes"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, cast
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.output_parsers import BaseCumulativeTransformOutputParser
+from langchain_core.output_parsers import BaseTransformOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
+from langchain_core.runnables.config import run_in_executor
 from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ValidationError
@@ -24,10 +26,11 @@ Method = Literal["function_calling", "json_schema", "json_mode"]
 METHODS: tuple[Method, ...] = ("function_calling", "json_schema", "json_mode")
 
 
-class StructuredAnswer(BaseCumulativeTransformOutputParser[Any]):
+class StructuredAnswer(BaseTransformOutputParser[Any]):
     """The value that a message holds. A message that was cut off holds none: nothing is guessed from half of it.
 
-    While it streams, values grow; those of a pydantic model appear once they are valid.
+    While it streams, dicts grow; a pydantic model is made of the whole message only, for half a number is valid too.
+    The last value is that of the whole message: where that holds none, the stream ends in the error.
     """
 
     model: Any = None
@@ -46,13 +49,27 @@ class StructuredAnswer(BaseCumulativeTransformOutputParser[Any]):
             OutputParserException: it holds none, or one that the model's own validators refuse.
         """
         message = cast("ChatGeneration", result[0]).message
+        if partial:
+            return self._half(message)
         try:
-            return self._made(self._arguments(message) if self.tool else json.loads(message.text), message.text)
-        except (ValueError, OutputParserException) as error:
-            if partial:
-                return self._half(message)
-            told = error if isinstance(error, OutputParserException) else OutputParserException(_why(message, error))
-            raise told from error
+            value = self._arguments(message) if self.tool else _whole(message)
+        except ValueError as error:
+            raise OutputParserException(_why(message, error)) from error
+        return self._made(value, message.text)
+
+    def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[Any]:
+        growing = _Growing(self)
+        for piece in input:
+            yield from growing.add(piece)
+        yield from growing.end()
+
+    async def _atransform(self, input: AsyncIterator[str | BaseMessage]) -> AsyncIterator[Any]:
+        growing = _Growing(self)
+        async for piece in input:
+            for value in await run_in_executor(None, growing.add, piece):
+                yield value
+        for value in await run_in_executor(None, growing.end):
+            yield value
 
     def _arguments(self, message: BaseMessage) -> Any:
         calls = message.tool_calls if isinstance(message, AIMessage) else []
@@ -63,10 +80,10 @@ class StructuredAnswer(BaseCumulativeTransformOutputParser[Any]):
 
     def _half(self, message: BaseMessage) -> Any:
         """What can be shown of a value that is not whole, None if nothing."""
-        if self.model is not None or self.tool is not None:
+        if self.model is not None:
             return None
         try:
-            return parse_partial_json(message.text)
+            return self._arguments(message) if self.tool else parse_partial_json(message.text)
         except ValueError:
             return None
 
@@ -79,14 +96,53 @@ class StructuredAnswer(BaseCumulativeTransformOutputParser[Any]):
             return self.model.model_validate(value)
         except (ValidationError, ValidationErrorV1) as error:
             raise OutputParserException(
-                f"the answer is valid for the JSON schema of {self.model.__name__}, but not for its own validators: "
-                f"{error}",
-                llm_output=text,
+                f"{self.model.__name__}'s own validators refuse the answer's value: {error}", llm_output=text
             ) from error
 
 
+@dataclass
+class _Growing:
+    """The values of a message that comes in pieces."""
+
+    parser: StructuredAnswer
+    message: Any = None
+    shown: Any = None
+
+    def add(self, piece: Any) -> list[Any]:
+        """The value so far, where that is a new one."""
+        self.message = piece if self.message is None else self.message + piece
+        return self._new(partial=True)
+
+    def end(self) -> list[Any]:
+        """The value of the whole, where it was not shown yet.
+
+        Raises:
+            OutputParserException: it holds none.
+        """
+        return [] if self.message is None else self._new(partial=False)
+
+    def _new(self, *, partial: bool) -> list[Any]:
+        value = self.parser.parse_result([ChatGeneration(message=self.message)], partial=partial)
+        if value is None or value == self.shown:
+            return []
+        self.shown = value
+        return [value]
+
+
+def _whole(message: BaseMessage) -> Any:
+    """The JSON of a message's text. Of a number alone, what was cut off would not be missed."""
+    value = json.loads(message.text)
+    if type(value) in (int, float) and _is_cut(message):
+        raise ValueError(f"the number {value} may go on")
+    return value
+
+
+def _is_cut(message: BaseMessage) -> bool:
+    return bool(message.response_metadata.get("finish_reason") == "length")
+
+
 def _why(message: BaseMessage, error: Exception) -> str:
-    if message.response_metadata.get("finish_reason") == "length":
+    if _is_cut(message):
         return "the answer was cut off before its JSON was complete; raise max_tokens, or bound the schema's strings"
     return f"the answer holds no value of the schema: {error}"
 
@@ -101,6 +157,12 @@ def bound_for(
     model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
     if schema is None and method != "json_mode":
         raise ValueError(f"method {method!r} needs a schema; only json_mode goes without")
+    kind = "object" if schema is None else json_schema(schema).get("type", "object")
+    if "object" not in kind and method != "json_schema":  # a type or a list of types
+        raise ValueError(
+            f"method {method!r} writes a JSON object, but the schema's values are of type {kind!r}; take "
+            "method='json_schema', or put the value into a field of an object"
+        )
     if method == "function_calling":
         tool = as_tool(schema, strict=strict)
         name = tool["function"]["name"]
@@ -120,4 +182,6 @@ def bound_for(
         return cast("Runnable[Any, Any]", bound | parser)
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+    # Invoked while streaming, too: a fallback takes over from what fails at once, not from a stream that has begun.
+    whole = RunnableLambda(parsed.invoke, parsed.ainvoke)
+    return RunnableMap(raw=bound) | whole.with_fallbacks([failed], exception_key="parsing_error")

@@ -4,15 +4,20 @@ A turn's calls are laid out as
 
     trigger lead NAME middle ARGUMENTS tail (between NAME middle ARGUMENTS tail)* end
 
-with ARGUMENTS a JSON object. The trigger is the text with which a call begins wherever a model writes it.
+with ARGUMENTS a JSON object. The trigger is the text with which a call begins wherever a model writes it. The end is
+not waited for: anything but another call ends the calls.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+_NAME: Final = re.compile(r'(?:[^"\\]|\\.)*')
+"""The inside of a JSON string."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class CallFormat:
         unmarked: texts of which none does.
         trigger, lead, middle, tail, between, end: see the module. `between` is None where templates know of one call
             in a turn only.
-        at_start: only an answer that begins with the trigger is a call.
+        at_start: the trigger is text that may begin any JSON: only an answer that begins with it, and goes on with the
+            name of a tool and `middle`, is a call. Such a name is written in a JSON string.
         id_length: how long the ids of calls must be in the history (letters and digits), or None for any.
     """
 
@@ -45,6 +51,17 @@ class CallFormat:
     def opening(self) -> str:
         """What stands before the name of the first call."""
         return self.trigger + self.lead
+
+    def beginning(self, name: str) -> str:
+        """What a first call of this tool begins with, up to its arguments."""
+        return self.opening + self.named(name) + self.middle
+
+    def may_call(self, text: str) -> bool:
+        """Whether an answer that begins with `text`, from the trigger on, may be a call of some tool."""
+        if not self.at_start:
+            return True
+        rest = _NAME.sub("", text.removeprefix(self.opening), count=1)
+        return rest.startswith(self.middle) or self.middle.startswith(rest)
 
     def named(self, name: str) -> str:
         """A tool's name as it is written: inside a JSON string, or bare."""
@@ -233,6 +250,13 @@ class CallReader:
             pass
         return pieces
 
+    @property
+    def between(self) -> bool:
+        """Whether a call is complete, and the first word of what stands between two is not."""
+        if self._expects != "lead" or not self._index or self.format.between is None:
+            return False
+        return len(self._held.lstrip()) < len(self.format.between.split()[0])
+
     def finish(self) -> list[CallPiece]:
         """The text is over: close a call that was broken off, so that no reader can take it for whole."""
         if self._expects == "name":
@@ -293,10 +317,11 @@ class CallReader:
 
 def read_calls(form: CallFormat, text: str) -> tuple[dict[str, Any], ...] | None:
     """The calls (`name`, `arguments`) that `text`, from the trigger on, holds; None if they are not whole."""
-    if not text.lstrip().startswith(form.trigger):
+    text = text.lstrip()
+    if not text.startswith(form.trigger) or not form.may_call(text):
         return None
     reader = CallReader(form)
-    pieces = reader.push(text.lstrip()[len(form.trigger) :])
+    pieces = reader.push(text[len(form.trigger) :])
     if not reader.whole or reader.finish():
         return None
     return calls_of(pieces)

@@ -71,7 +71,7 @@ class ToolTurns:
             )
         shaped = list(messages)
         if not self.shows_calls:
-            shaped = self._told(shaped)
+            shaped = self.told(shaped)
         elif self.format.id_length is not None:
             shaped = [_with_short_ids(message, self.format.id_length) for message in shaped]
         if schema is not None:
@@ -88,7 +88,7 @@ class ToolTurns:
             ("# Tools", "You can call these functions:", *lines, "To call one, answer with nothing but this:", example)
         )
 
-    def _told(self, messages: Sequence[Message]) -> list[Message]:
+    def told(self, messages: Sequence[Message]) -> list[Message]:
         """Calls as text of the assistant, results as turns of the user, neighbours in one turn."""
         shaped: list[Message] = []
         results = False

@@ -42,6 +42,7 @@ class AnthropicLike(Noting):
     kind: str = "anthropic-chat"
     reasoning_effort: str | None = None
     thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
 
     def said(self):
         return {} if self.thinking is None else {"own thinking": self.thinking}

@@ -41,12 +41,12 @@ def integer(rng, depth, bounded):
 
 
 def number(rng, depth, bounded):
-    least = rng.randint(-50, 50) / 4
-    return (
-        {"type": "number", "minimum": least, "maximum": least + rng.randint(0, 40) / 8}
-        if bounded
-        else {"type": "number"}
-    )
+    if not bounded:
+        return {"type": "number"}
+    low, high = rng.choice(["minimum", "exclusiveMinimum"]), rng.choice(["maximum", "exclusiveMaximum"])
+    least = rng.choice([rng.randint(-12, 12), rng.randint(-50, 50) / 4])
+    apart = rng.randint((low, high) != ("minimum", "maximum"), 40) / 8  # between excluded bounds lies something
+    return {"type": "number", low: least, high: least + apart}
 
 
 def boolean(rng, depth, bounded):

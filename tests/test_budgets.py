@@ -13,6 +13,7 @@ from langchain_earlyexit.budgets import (
     decay,
     endless_risk,
     next_share,
+    pace,
     split,
     spread_risk,
 )
@@ -21,6 +22,22 @@ TOTALS = st.integers(0, 100_000)
 WEIGHT = st.floats(0, 1e6, allow_subnormal=False)
 WEIGHTS = st.lists(WEIGHT, min_size=1, max_size=12)
 EPSILON = st.floats(0, 0.99)
+
+
+class TestPace:
+    @given(st.integers(1, 10**6), st.lists(st.integers(1, 9), min_size=2, max_size=8), st.data())
+    def test_is_one_while_every_step_takes_just_its_share(self, unit, weights, data):
+        done = data.draw(st.integers(0, len(weights) - 1))
+        left = unit * sum(weights[done:])
+        assert pace(unit * sum(weights), left, weights, weights[done:]) == 1
+
+    def test_is_below_one_for_a_run_that_overspends_and_above_for_one_that_saves(self):
+        assert pace(100, 25, [1, 1], [1]) == 0.5
+        assert pace(100, 75, [1, 1], [1]) == 1.5
+
+    def test_is_not_told_where_nothing_is_to_be_had_or_to_come(self):
+        assert pace(0, 0, [1, 1], [1]) is None
+        assert pace(100, 75, [1, 0], [0]) is None
 
 
 class TestTokens:

@@ -8,7 +8,7 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import RunnableConfig, RunnableLambda
 
 from langchain_earlyexit import ChatEarlyExit, ExitCallbackHandler, FunctionEngine, get_exit_callback
 from langchain_earlyexit.engines.function import byte_tokenizer, scripted
@@ -55,6 +55,40 @@ def test_two_blocks_in_two_contexts_do_not_mix(llm):
         return await asyncio.gather(block(1), block(3))
 
     assert asyncio.run(both()) == [1, 3]
+
+
+def test_a_block_inside_another_is_gathered_by_both_once(llm):
+    def inside(_):
+        with get_exit_callback() as inner:
+            llm.invoke("2 + 2?")
+            with get_exit_callback() as innermost:
+                llm.invoke("2 + 2?")
+        return [block.totals[llm.model].calls for block in (inner, innermost)]
+
+    with get_exit_callback() as outer:
+        for _ in range(3):
+            assert inside(None) == [2, 1]
+        assert RunnableLambda(inside).invoke("a run that has the outer handler already") == [2, 1]
+        llm.invoke("2 + 2?")
+    assert outer.totals[llm.model].calls == 9
+
+
+async def test_blocks_inside_each_other_keep_to_their_contexts(llm):
+    async def block(times):
+        with get_exit_callback() as exits:
+            await asyncio.gather(*(llm.ainvoke("2 + 2?") for _ in range(times)))
+            return exits.totals[llm.model].calls
+
+    with get_exit_callback() as outer:
+        assert await asyncio.gather(block(1), block(3)) == [1, 3]
+    assert outer.totals[llm.model].calls == 4
+
+
+def test_a_block_that_breaks_gathers_no_more(llm):
+    with pytest.raises(RuntimeError, match="broken"), get_exit_callback() as outer, get_exit_callback() as inner:
+        raise RuntimeError("broken")
+    llm.invoke("2 + 2?")
+    assert (outer.totals, inner.totals) == ({}, {})
 
 
 def test_one_handler_serves_many_threads(llm):

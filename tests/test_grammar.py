@@ -1,8 +1,11 @@
 """Grammars: what cannot be kept is refused, and what finishes under one is valid, whatever the model."""
 
 import json
+import math
 import random
 import re
+from decimal import Decimal
+from itertools import product
 
 import jsonschema
 import numpy as np
@@ -11,12 +14,16 @@ import random_schemas
 from tokenizers_for_tests import byte_level, sentencepiece, word_level
 
 from langchain_earlyexit import ChatEarlyExit, FunctionEngine
+from langchain_earlyexit.codec import Codec, Pieces
 from langchain_earlyexit.engines.function import byte_tokenizer
 from langchain_earlyexit.grammar import Grammars
+from langchain_earlyexit.guide import Bounds, Guide
 from langchain_earlyexit.schemas import checked
-from langchain_earlyexit.toolcalls import FORMATS
+from langchain_earlyexit.toolcalls import FORMATS, calls_of
 
 EXACT = jsonschema.Draft202012Validator
+END_OF_TURN = 2
+"""Of the byte tokenizer."""
 
 
 def response_format(schema):
@@ -34,6 +41,12 @@ def rambling(tokenizer, seed=0):
         return ((embedding[ids[-1]] + 0.5 * embedding[ids[-2]]) @ head).astype(np.float32)
 
     return next_logits
+
+
+def takes_whole(grammar, text):
+    """Whether `text` may be the whole answer."""
+    way = grammar.start(text)
+    return way is not None and (way.over or way.takes(END_OF_TURN))
 
 
 class TestRefusals:
@@ -58,6 +71,14 @@ class TestRefusals:
             ({"type": "integer", "exclusiveMinimum": True}, "draft 4"),
             ({"$ref": "https://elsewhere.test/schema"}, "elsewhere.test"),
             ({"type": "integer", "minimum": 5, "maximum": 2}, "Unsatisfiable"),
+            (
+                {"required": ["a"], "patternProperties": {"^a$": {}}, "additionalProperties": False},
+                "at #, the keyword 'patternProperties' allows no other names than those listed",
+            ),
+            (
+                {"properties": {"ab": {}}, "patternProperties": {"^ab$": {}}, "additionalProperties": False},
+                "put them under 'properties'",
+            ),
             ([], "must be a JSON schema as a dict, not list"),
         ],
     )
@@ -70,6 +91,11 @@ class TestRefusals:
         tidy = checked({"properties": {"not": {"type": "string"}, "if": {"type": "integer"}}}, "x")
         assert set(tidy["properties"]) == {"not", "if"}
 
+    @pytest.mark.parametrize("pattern", ["^a", "^(a|b)$"])
+    def test_a_pattern_that_leaves_other_names_is_kept(self, pattern):
+        schema = {"required": ["a"], "patternProperties": {pattern: {}}, "additionalProperties": False}
+        assert checked(schema, "x") == schema
+
     def test_a_caller_cannot_loosen_the_grammar(self):
         assert "x-guidance" not in checked({"type": "string", "x-guidance": {"lenient": True}}, "x")
 
@@ -77,6 +103,47 @@ class TestRefusals:
         tokenizer = word_level()
         with pytest.raises(ValueError, match="byte-level BPE"):
             Grammars(tokenizer, frozenset({1})).schema({"type": "string"}).start()
+
+
+class TestBoundsOfNumbers:
+    """Brute force: of many bounds, every number that a grammar lets through is valid as any JSON reader reads it."""
+
+    PAIRS = (
+        (-1.5, -1), (-1, -0.25), (-0.25, 0), (0, 0.001), (0, 0.5), (0, 1), (-0.5, 0.5), (1, 1.5), (1.5, 2), (2, 10),
+        (0.30000000000000004, 0.75), (106.75000000000001, 111.00000000000001), (1.2345678901234567e-09, 1),
+    )  # fmt: skip
+
+    def texts(self):
+        """Numbers at the bounds and next to them, to the last bit and beyond it."""
+        values = {value for low, high in self.PAIRS for value in (low, (low + high) / 2, high)}
+        near = {math.nextafter(value, side) for value in values for side in (-200, 200) if value} | values
+        exact = {format(Decimal(repr(value)), "f") for value in near} | {"-0", "-0.0"}
+        whole = set(map(str, (*range(-3, 12), 109)))
+        return sorted(exact | whole | {text + ("0" if "." in text else ".") + "0" * 20 + "1" for text in exact})
+
+    @pytest.mark.parametrize("kind", ["number", "integer"])
+    def test_no_number_beyond_is_let_through(self, kind):
+        texts = self.texts()
+        grammars = Grammars(byte_tokenizer(), frozenset({END_OF_TURN}))
+        lows, highs = ("minimum", "exclusiveMinimum", None), ("maximum", "exclusiveMaximum", None)
+        for (least, most), low, high in product(self.PAIRS, lows, highs):
+            bounds = {key: value for key, value in ((low, least), (high, most)) if key is not None}
+            schema = {"type": kind, **bounds}
+            valid = {text for text in texts if EXACT(schema).is_valid(json.loads(text))}
+            if kind == "integer" and not valid:
+                with pytest.raises(ValueError, match="Unsatisfiable"):
+                    checked(schema, "x")
+                continue
+            grammar = grammars.schema(checked(schema, "x"))
+            taken = {text for text in texts if takes_whole(grammar, text)}
+            assert taken <= valid, schema
+            assert taken or not valid, schema
+
+    def test_numbers_in_between_can_still_be_written(self):
+        grammars = Grammars(byte_tokenizer(), frozenset({END_OF_TURN}))
+        grammar = grammars.schema(checked({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "x"))
+        for text in ("0.5", "0.25", "0.001", "0.000000001", "0.4999999999999999"):
+            assert takes_whole(grammar, text)
 
 
 class TestGrammars:
@@ -93,16 +160,43 @@ class TestGrammars:
         ]
         calls = [{"name": "add", "arguments": {"a": -12}}, {"name": "add_more", "arguments": {}}]
         calls = calls[: 1 if form.between is None else 2]
-        after = form.text(calls)[len(form.trigger) :]
+        text, alone = (form.text(some).removesuffix(form.end) for some in (calls, calls[:1]))
+        after = text.removeprefix(form.trigger)
         grammar = grammars.calls(form, tools, parallel=True)
         assert grammar.start(after) is not None
         for wrong in (after.replace("-12", '"12"'), after.replace("add", "sub"), after.replace('"a"', '"b"'), "x"):
             assert grammar.start(wrong) is None
         single = grammars.calls(form, tools, parallel=False)
-        assert single.start(form.text(calls[:1])[len(form.trigger) :]).over
+        assert single.start(alone.removeprefix(form.trigger)).over
         either = grammars.calls(form, tools, parallel=True, otherwise={"type": "boolean"})
         assert either.start("true").over
-        assert either.start(form.text(calls)) is not None
+        assert either.start(text) is not None
+
+    @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+    def test_after_a_call_the_model_is_free_and_what_begins_no_other_ends_the_calls(self, form):
+        tokenizer = byte_tokenizer()
+        codec = Codec(tokenizer, (END_OF_TURN,))
+        tools = [{"name": "add", "parameters": checked({"properties": {"a": {"type": "integer"}}}, "add")}]
+        grammar = Grammars(tokenizer, codec.eos).calls(form, tools, parallel=True)
+        call = {"name": "add", "arguments": {"a": 1}}
+        one, two = (form.text([call] * number).removesuffix(form.end) for number in (1, 2))
+
+        def told(text):
+            guide, pieces = Guide(Bounds(grammar, form, said=form.lead), codec), Pieces(codec)
+            calls = []
+            for token in codec.encode(text.removeprefix(form.opening)):
+                calls += guide.push(token, pieces.push(token))[1]
+                if guide.over:
+                    break
+            return guide, calls_of(calls)
+
+        for tail in (form.end or "Done.", "\n" + form.end + "\n.", "Done.", "\n<b>"):
+            guide, calls = told(one + tail)
+            assert (guide.over, calls) == (True, (call,))
+        if form.between is not None:
+            guide, calls = told(one + "\n")
+            assert (guide.over, guide.allowed(), guide.forced(), calls) == (False, None, (), (call,))
+            assert told(two)[1] == told(one + "\n\n" + two.removeprefix(one).lstrip())[1] == (call, call)
 
     def test_a_mask_holds_just_the_ids_that_can_come_next(self):
         tokenizer = byte_tokenizer()
@@ -114,19 +208,21 @@ class TestGrammars:
         ) == [tokenizer.eos_token_id]
 
 
-def fond_of_digits(tokenizer):
-    """A model that writes a 3 wherever it may."""
+def fond_of_digits(tokenizer, digit="3"):
+    """A model that writes a 3, or another digit, wherever it may."""
     logits = np.zeros(len(tokenizer), dtype=np.float32)
-    logits[tokenizer("3", add_special_tokens=False)["input_ids"]] = 30.0
+    logits[tokenizer(digit, add_special_tokens=False)["input_ids"]] = 30.0
     return lambda ids: logits
 
 
 class TestNumbersEnd:
     """Bounds alone do not make a number finite: 8.333… has no last digit."""
 
-    def said(self, schema, tokenizer=None, **asked):
+    def said(self, schema, tokenizer=None, digit="3", **asked):
         tokenizer = tokenizer or byte_tokenizer()
-        with ChatEarlyExit(engine=FunctionEngine(fond_of_digits(tokenizer), tokenizer), thinking_budget=0) as llm:
+        with ChatEarlyExit(
+            engine=FunctionEngine(fond_of_digits(tokenizer, digit), tokenizer), thinking_budget=0
+        ) as llm:
             asked = asked or {"response_format": response_format(schema)}
             message = llm.invoke("?", **asked, max_tokens=300)
         assert message.response_metadata["finish_reason"] in {"stop", "tool_calls"}
@@ -147,6 +243,18 @@ class TestNumbersEnd:
         text = self.said(schema, tokenizer).content
         EXACT(schema).validate(json.loads(text))
         assert max(map(len, re.findall(r"\d+", text))) <= 17
+
+    @pytest.mark.parametrize(
+        "schema",
+        [
+            {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5},
+            {"type": "number", "exclusiveMinimum": 1},
+            {"type": "number", "minimum": -1, "exclusiveMaximum": 0},
+        ],
+        ids=str,
+    )
+    def test_beyond_an_excluded_bound_that_zeros_would_come_ever_nearer_to(self, schema):
+        EXACT(schema).validate(json.loads(self.said(schema, digit="0").content))
 
     @pytest.mark.parametrize(
         "schema",

@@ -11,11 +11,12 @@ from typing import Annotated
 
 import pytest
 from agents_for_tests import chatterer, talker
-from langchain_core.messages import HumanMessage
+from langchain_core.caches import InMemoryCache
+from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import ConfigurableField
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
-from langgraph.types import Command, RetryPolicy, Send
+from langgraph.types import Command, RetryPolicy, Send, interrupt
 from typing_extensions import TypedDict
 
 from langchain_earlyexit import DEER, ChatEarlyExit
@@ -27,8 +28,10 @@ from langchain_earlyexit.graph import (
     merge_ledgers,
     reasoning_node,
     route_by_confidence,
+    run_guarantee,
     verdict,
 )
+from langchain_earlyexit.policies import GiveUp
 
 ASKED = {"messages": [("user", "why?")]}
 
@@ -144,6 +147,10 @@ class TestTheNode:
         done = reasoning_node(talker(chatterer(9))).invoke({"messages": [HumanMessage("why?")]})
         assert done["messages"][0].text == "WHY?"
 
+    def test_a_budget_that_is_no_dict_is_an_error_that_shows_one(self, run):
+        with pytest.raises(ValueError, match=r"such as \{'tokens': 200\}.*got 200"):
+            run(one_node(talker(chatterer(9))), {**ASKED, "budget": 200})
+
     @pytest.mark.parametrize(
         ("build", "error", "says"),
         [
@@ -206,6 +213,18 @@ class TestRisk:
         assert [spend["epsilon"] for spend in entries(done)] == [0.1, 0]
         assert [asked["exit_policy"] for asked in model.metadata["asked"]] == [None, "never"]
 
+    def test_is_not_taken_twice_by_nodes_that_run_at_once(self, run):
+        builder = StateGraph(ReasoningState)
+        for name in "abc":
+            builder.add_node(name, reasoning_node(promising(), name=name))
+            builder.add_edge(START, name)
+        graph = builder.compile()
+        with pytest.raises(ValueError, match=r"runs at once with .*spread_risk"):
+            run(graph, {**ASKED, "risk": {"epsilon": 0.1}})
+        shares = {"a": 0.03, "b": 0.03, "c": 0.04}
+        done = run(graph, {**ASKED, "risk": {"epsilon": 0.1, "shares": shares}})
+        assert {spend["step"]: spend["epsilon"] for spend in entries(done)} == shares
+
     def test_with_a_model_that_has_no_calibration_is_an_error_that_says_so(self, run):
         given = {**ASKED, "risk": {"epsilon": 0.1, "shares": {"think": 0.1}}}
         with pytest.raises(ValueError, match="calibration"):
@@ -229,6 +248,80 @@ class TestSideBySide:
         told = {spend["step"]: spend["thinking"] for spend in entries(done)}
         assert told == {f"part {i}": 15 if i < 2 else 14 for i in range(7)}
         assert len(done["messages"]) == 8
+
+    def beside(self, **settings):
+        """Nodes a, b and c that run at once."""
+        builder = StateGraph(ReasoningState)
+        for name in "abc":
+            builder.add_node(name, reasoning_node(talker(chatterer(50)), name=name, **settings))
+            builder.add_edge(START, name)
+        return builder
+
+    def test_nodes_that_run_at_once_and_could_spend_more_than_is_left_are_refused(self, run):
+        with pytest.raises(ValueError, match=r"runs at once with .*weights that name them.*share, most.*`branches`"):
+            run(self.beside().compile(), {**ASKED, "budget": {"tokens": 30}})
+
+    @pytest.mark.parametrize(
+        ("settings", "budget", "spent"),
+        [
+            ({}, {"tokens": 30, "weights": {"a": 1, "b": 1, "c": 1}}, [10, 10, 10]),
+            ({}, {"tokens": 30, "weights": {"a": 1, "b": 1, "c": 0, "later": 1}}, [10, 10, 0]),
+            ({"share": 0.3}, {"tokens": 30}, [9, 9, 9]),
+            ({"most": 7}, {"tokens": 30}, [7, 7, 7]),
+            ({}, {"tokens": 0}, [0, 0, 0]),
+        ],
+    )
+    def test_weights_shares_and_caps_that_fit_together_let_them_run_at_once(self, run, settings, budget, spent):
+        done = run(self.beside(**settings).compile(), {**ASKED, "budget": budget})
+        assert sorted((s["thinking"] for s in entries(done)), reverse=True) == spent
+
+    def test_a_step_that_comes_again_beside_another_cannot_take_that_one_s_share(self, run):
+        builder = StateGraph(ReasoningState)
+        for name in ("first", "a", "b"):
+            step = reasoning_node(talker(chatterer(50)), name="a" if name == "first" else name, reads=lambda _: "why?")
+            builder.add_node(name, step)
+        builder.add_edge(START, "first").add_edge("first", "a").add_edge("first", "b")
+        with pytest.raises(ValueError, match="runs at once with"):
+            run(builder.compile(), {**ASKED, "budget": {"tokens": 60, "weights": {"a": 1, "b": 1}}})
+
+    def test_the_state_sent_to_many_is_refused_where_each_would_spend_it_all(self, run):
+        builder = StateGraph(ReasoningState)
+        builder.add_node("part", reasoning_node(talker(chatterer(50))))
+        builder.add_conditional_edges(
+            START, lambda state: [Send("part", {**state, "step": f"part {i}"}) for i in range(3)], ["part"]
+        )
+        with pytest.raises(ValueError, match=r"'part \d' runs at once with 'part \d'"):
+            run(builder.compile(), {**ASKED, "budget": {"tokens": 30}})
+
+    def test_a_function_that_asks_a_node_more_than_once_cannot_spend_the_same_twice(self):
+        node = reasoning_node(talker(chatterer(20)))
+
+        def thrice(state):
+            told = [node.invoke(state)["ledger"] for _ in range(3)]
+            return {"ledger": {key: entry for one in told for key, entry in one.items()}}
+
+        graph = StateGraph(ReasoningState).add_node("f", thrice).add_edge(START, "f").compile()
+        with pytest.raises(ValueError, match="'think' runs at once with 'think'"):
+            graph.invoke({**ASKED, "budget": {"tokens": 30}})
+
+    def test_an_old_checkpoint_that_is_run_again_has_the_budget_it_had(self, run):
+        graph, thread = self.beside().compile(checkpointer=InMemorySaver()), {"configurable": {"thread_id": "1"}}
+        budget = {"tokens": 30, "weights": {"a": 1, "b": 1, "c": 1}}
+        first = run(graph, {**ASKED, "budget": budget}, thread)
+        [old] = [one for one in graph.get_state_history(thread) if "a" in one.next]
+        again = run(graph, None, old.config)
+        assert [s["cap"] for s in entries(again)] == [s["cap"] for s in entries(first)] == [10, 10, 10]
+
+    def test_a_graph_of_one_s_own_that_is_a_step_keeps_to_that_step_s_share(self, run):
+        inner, builder = StateGraph(ReasoningState), StateGraph(ReasoningState)
+        for name in ("x", "y", "tell"):
+            graph = builder if name == "tell" else inner
+            graph.add_node(name, reasoning_node(talker(chatterer(50)), name=name, reads=lambda _: "why?"))
+        inner.add_edge(START, "x").add_edge("x", "y")
+        builder.add_node("inner", inner.compile()).add_edge(START, "inner").add_edge("inner", "tell")
+        done = run(builder.compile(), {**ASKED, "budget": {"tokens": 100, "weights": {"inner": 3, "tell": 1}}})
+        told = [(spend["within"], spend["step"], spend["thinking"]) for spend in entries(done)]
+        assert told == [("inner", "x", 50), ("inner", "y", 25), ("", "tell", 25)]
 
     def test_a_subgraph_that_hands_its_ledger_back_counts_nothing_twice(self, run):
         builder = StateGraph(ReasoningState)
@@ -267,6 +360,35 @@ class TestWhenThingsGoWrong:
         done = run(builder.compile(), {**ASKED, "budget": {"tokens": 30}})
         assert not failures[0]
         assert [spend["thinking"] for spend in entries(done)] == [12]
+
+    def test_what_a_step_spent_before_its_writes_failed_is_spent(self, run):
+        spent = []
+
+        def writes(message, state):
+            spent.append(message.response_metadata["early_exit"]["thinking_tokens"])
+            if len(spent) < 3:
+                raise ConnectionError("the store is away")
+            return {"messages": [message]}
+
+        builder = StateGraph(ReasoningState)
+        again = RetryPolicy(initial_interval=0.001, max_attempts=3, retry_on=ConnectionError)
+        builder.add_node("think", reasoning_node(talker(chatterer(20)), writes=writes), retry_policy=again)
+        builder.add_edge(START, "think")
+        done = run(builder.compile(), {**ASKED, "budget": {"tokens": 30}})
+        assert spent == [20, 10, 0]
+        assert [spend["thinking"] for spend in entries(done)] == spent
+
+    def test_a_step_that_waits_for_a_person_in_its_writes_counts_both_calls(self, run):
+        def writes(message, state):
+            interrupt("may it stand?")
+            return {"messages": [message]}
+
+        builder = StateGraph(ReasoningState)
+        builder.add_node("think", reasoning_node(talker(chatterer(20)), writes=writes))
+        builder.add_edge(START, "think")
+        graph, thread = builder.compile(checkpointer=InMemorySaver()), {"configurable": {"thread_id": "1"}}
+        run(graph, {**ASKED, "budget": {"tokens": 30}}, thread)
+        assert [spend["thinking"] for spend in entries(run(graph, Command(resume=True), thread))] == [20, 10]
 
     def test_a_run_that_was_killed_goes_on_where_it_was_and_loses_neither_messages_nor_spend(self, tmp_path):
         """The first process dies by SIGKILL in the second step, while a third is running beside it."""
@@ -443,6 +565,62 @@ class TestRoutes:
         ]
         assert [message.text for message in done["messages"]] == ["why?", "WHY?"]
 
+    def again(self, tells=ReasoningState, tries=2, **asked):
+        builder = StateGraph(ReasoningState, output_schema=tells)
+        builder.add_node("think", reasoning_node(**asked))
+        builder.add_edge(START, "think")
+        builder.add_conditional_edges("think", route_by_confidence(think_more="think", tries=tries), ["think", END])
+        return builder.compile()
+
+    def test_what_is_thought_over_is_not_cut_by_the_policy_that_gave_it_up(self, run):
+        def doubting(turns):
+            return "It is four.\n\nWait, is it?\n\nIt is.\n\nWait.\n", lambda chain: (r"It is \boxed{4}.", 0.3)
+
+        gives_up = GiveUp(threshold=0.9, patience=1, min_checks=1)
+        done = run(self.again(model=talker(doubting, exit_policy=gives_up, answer_form="boxed")), ASKED)
+        assert [spend["exit"]["reason"] for spend in entries(done)] == ["unpromising", "natural"]
+        assert run_guarantee({"epsilon": 0.1}, done["ledger"]) is not None, "the second call made the first one good"
+
+    def test_what_was_asked_otherwise_makes_no_cut_good(self, run):
+        def asked_longer(state):
+            return {"thinking_budget": 90 if state["ledger"] else 3}
+
+        done = run(self.again(model=talker(chatterer(20)), keywords=asked_longer), ASKED)
+        assert [spend["exit"]["reason"] for spend in entries(done)] == ["budget", "natural"]
+        assert run_guarantee({"epsilon": 0.1}, done["ledger"]) is None
+
+    def test_an_answer_out_of_a_cache_is_a_try_too(self, run):
+        cached = talker(chatterer(20), cache=InMemoryCache())
+        done = run(self.again(model=cached, most=3, tries=4), ASKED)
+        assert [spend["thinking"] for spend in entries(done)] == [3, 3, 0, 0]
+        assert [message.text for message in done["messages"]] == ["why?", "WHY?"]
+
+    def parts(self, part):
+        def fan(state):
+            told = branches(["p 0", "p 1"], state["budget"], None, state["ledger"])
+            return [Send("part", {**one, "messages": [HumanMessage(one["step"])]}) for one in told]
+
+        builder = StateGraph(ReasoningState)
+        builder.add_node("part", part)
+        builder.add_conditional_edges(START, fan, ["part"])
+        return builder
+
+    def test_after_a_send_are_refused_for_they_cannot_see_the_branch(self, run):
+        builder = self.parts(reasoning_node(talker(chatterer(50)), name="part", share=0.2))
+        builder.add_conditional_edges("part", route_by_confidence(think_more="part"), ["part", END])
+        with pytest.raises(ValueError, match=r"'part' was reached by a Send.*graph of their own"):
+            run(builder.compile(), {**ASKED, "budget": {"tokens": 300}})
+
+    @pytest.mark.parametrize("weights", [{}, {"weights": {"p 0": 1, "p 1": 1}}], ids=str)
+    def test_of_a_graph_that_is_sent_to_stay_in_their_branch(self, run, weights):
+        class Told(TypedDict):
+            ledger: Annotated[Ledger, merge_ledgers]
+
+        part = self.again(Told, model=talker(chatterer(50)), share=0.2)
+        done = run(self.parts(part).compile(), {**ASKED, "budget": {"tokens": 200, **weights}})
+        told = sorted((spend["step"], spend["thinking"]) for spend in entries(done))
+        assert told == [("p 0", 16), ("p 0", 20), ("p 1", 16), ("p 1", 20)]
+
     def test_a_conversation_s_later_turns_keep_earlier_answers(self, run):
         graph, state = one_node(talker(chatterer(9))), ASKED
         for question in ("how?", "when?"):
@@ -492,6 +670,22 @@ class TestAPerson:
         done = run(graph, Command(resume=True), thread)
         assert done["messages"][-1].text == "WHY?"
         assert "corrected_by" not in done["messages"][-1].response_metadata
+
+    def asked_after(self, *messages):
+        builder = StateGraph(ReasoningState)
+        builder.add_node("human", ask_human())
+        builder.add_edge(START, "human")
+        return builder.compile(checkpointer=InMemorySaver()), {"messages": list(messages)}
+
+    def test_sees_another_model_s_answer_too_without_a_record(self, run):
+        graph, given = self.asked_after(HumanMessage("why?"), AIMessage("so"))
+        [asked] = run(graph, given, {"configurable": {"thread_id": "1"}})["__interrupt__"]
+        assert asked.value == {"question": "why?", "answer": "so", "exit": None}
+
+    def test_is_asked_about_an_answer_only(self, run):
+        graph, given = self.asked_after(HumanMessage("why?"))
+        with pytest.raises(ValueError, match="the last message is of type 'human'"):
+            run(graph, given, {"configurable": {"thread_id": "1"}})
 
     def test_who_says_something_else_is_told_what_can_be_said(self, run):
         graph, thread = self.graph(), {"configurable": {"thread_id": "1"}}

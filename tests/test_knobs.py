@@ -23,9 +23,10 @@ class TestAnEffort:
     @pytest.mark.parametrize(
         ("cap", "level"), [(0, "none"), (1023, "none"), (1024, "low"), (5000, "medium"), (10**6, "xhigh")]
     )
-    @pytest.mark.parametrize("model", [OpenAILike, AnthropicLike])
-    def test_is_the_most_that_stays_within_the_cap(self, model, cap, level):
-        assert settings(model(profile=LEVELS), cap) == {"reasoning_effort": level}
+    def test_is_the_most_that_stays_within_the_cap(self, cap, level):
+        assert settings(OpenAILike(profile=LEVELS), cap) == {"reasoning_effort": level}
+        # Anthropic's keyword would turn thinking on where nobody did; this never does.
+        assert settings(AnthropicLike(profile=LEVELS), cap) == {"output_config": {"effort": level}}
 
     def test_is_the_model_s_least_where_none_stays_within_the_cap(self):
         assert settings(OpenAILike(profile={"reasoning_effort_levels": ["high", "low"]}), 0) == {
@@ -38,6 +39,30 @@ class TestAnEffort:
         level = settings(OpenAILike(profile=LEVELS, reasoning_effort=own), cap)["reasoning_effort"]
         assert 0 <= EFFORT_BUDGETS[level] <= cap
         assert own is None or order.index(level) <= order.index(own)
+
+    @pytest.mark.parametrize(("default", "level"), [("none", "none"), ("medium", "medium")])
+    def test_is_never_more_than_the_model_s_default(self, default, level):
+        profile = {**LEVELS, "reasoning_effort_default": default}
+        assert settings(OpenAILike(profile=profile), 10**6) == {"reasoning_effort": level}
+
+    def test_of_anthropic_keeps_what_else_its_output_is_to_be(self):
+        model = AnthropicLike(profile=LEVELS, output_config={"effort": "high", "format": "f"})
+        assert settings(model, 2000) == {"output_config": {"effort": "low", "format": "f"}}
+        assert settings(model, 2000, effort="medium") == {"reasoning_effort": "low"}
+        assert settings(AnthropicLike(profile=LEVELS, reasoning_effort="low"), 9000) == {
+            "output_config": {"effort": "low"}
+        }
+
+    def test_is_not_said_to_anthropic_where_thinking_is_off(self):
+        turned = turn(AnthropicLike(profile=LEVELS, thinking={"type": "disabled"}), 5000, {})
+        assert (turned.settings, turned.cap, turned.thinks_on) == ({}, 0, None)
+
+    @pytest.mark.parametrize(("cap", "levels", "thinks_on"), [
+        (0, ["low", "high"], "low"), (0, ["none", "low"], None), (1, ["low", "high"], None),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("model", [OpenAILike, AnthropicLike])
+    def test_that_is_not_nothing_at_a_cap_of_nothing_is_told(self, model, cap, levels, thinks_on):
+        assert turn(model(profile={"reasoning_effort_levels": levels}), cap, {}).thinks_on == thinks_on
 
     def test_of_the_call_counts_before_the_constructor_s(self):
         model = OpenAILike(profile=LEVELS, reasoning_effort="high")

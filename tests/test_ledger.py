@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from langchain_earlyexit.budgets import spread_risk
 from langchain_earlyexit.ledger import (
     allowance,
-    branches,
     check_budget,
     check_risk,
     merge_ledgers,
@@ -18,6 +17,7 @@ from langchain_earlyexit.ledger import (
     risk_of,
     run_guarantee,
 )
+from langchain_earlyexit.parts import below, branches, known_as, part_of
 
 
 def spend(step="a", thinking=10, *, epsilon=0.0, reason="natural", guarantee=None, **more):
@@ -94,6 +94,12 @@ class TestAllowance:
             ({"tokens": 1.5}, "whole number"),
             ({"token": 5}, "a dict with 'tokens'"),
             ({"tokens": 5, "weight": {}}, "weights"),
+            (200, r"such as \{'tokens': 200\}.*got 200"),
+            ({"tokens": 5, "weights": {"a": -1}}, "at least 0 by step"),
+            ({"tokens": 5, "weights": {"a": float("nan")}}, "finite"),
+            ({"tokens": 5, "weights": {"a": "much"}}, "numbers"),
+            ({"tokens": 5, "weights": {}}, "leave them out"),
+            ({"tokens": 5, "id": 7}, "id is a str, got 7"),
         ],
     )
     def test_a_dict_that_is_no_budget_is_an_error(self, budget, says):
@@ -129,11 +135,48 @@ class TestBranches:
         assert all(0 < epsilon < 0.1 for epsilon, _ in given_out)
         assert sum(epsilon for epsilon, _ in given_out) <= 0.1
         assert [heuristic for _, heuristic in given_out] == ["weights" in risk] * 2
-        assert {one["risk"]["id"] for one in told} == {"run"}
+        assert {one["risk"]["id"] for one in told} == {"run|a", "run|b"}
 
     def test_two_of_one_name_are_an_error(self):
         with pytest.raises(ValueError, match="names of their own"):
             branches(["a", "a"], None, None, {})
+
+
+class TestParts:
+    def test_what_is_spent_of_a_part_is_spent_of_the_whole_by_the_step_whose_part_it_is(self):
+        budget = {"tokens": 100, "id": "run", "weights": {"in": 3, "tell": 1}}
+        inner = part_of("in", budget, {})
+        assert (inner["tokens"], inner["id"]) == (75, "run|in")
+        [deep] = branches(["x"], inner, None, {})
+        ledger = {"x/1": spend("x", 40, budget=deep["budget"]["id"])}
+        assert (remaining(inner, ledger), remaining(budget, ledger)) == (35, 60)
+        assert allowance("tell", budget, ledger) == 60, "the step in has come: nobody else waits"
+
+    @given(st.lists(st.integers(0, 60), max_size=6))
+    def test_a_graph_that_is_a_step_keeps_to_one_share_however_often_it_calls(self, greed):
+        budget, ledger = {"tokens": 100, "weights": {"in": 3, "tell": 1}}, {}
+        for i, tokens in enumerate(greed):
+            inner = part_of("in", budget, ledger)
+            ledger[f"x/{i}"] = spend("x", min(tokens, remaining(inner, ledger)), budget=inner["id"])
+        assert sum(entry["thinking"] for entry in ledger.values()) <= 75
+        assert allowance("tell", budget, {**ledger, "y": spend("in", 0)}) >= 25
+
+    def test_a_new_turn_s_steps_have_not_come_yet(self):
+        budget = {"tokens": 90, "weights": {"a": 1, "b": 1, "c": 1}}
+        ledger = {f"{step}/1": spend(step, 10, budget="|monday") for step in "abc"}
+        assert allowance("a", below(budget, "monday", ledger), ledger) == 60
+        assert allowance("a", below(budget, "tuesday", ledger), ledger) == 20
+
+    def test_a_step_is_known_by_its_own_name_or_that_of_the_nearest_graph_around_it(self):
+        budget = {"tokens": 9, "weights": {"outer": 1, "inner": 1, "x": 1}}
+        assert known_as("x", ["outer", "inner"], budget) == "x"
+        assert known_as("y", ["outer", "inner"], budget) == "inner"
+        assert known_as("y", ["outer", "other"], budget) == "outer"
+        assert known_as("y", ["other"], budget) == known_as("y", ["inner"], {"tokens": 9}) == "y"
+
+    def test_a_name_that_would_read_as_several_is_an_error(self):
+        with pytest.raises(ValueError, match=r"'a\|b' cannot have a part"):
+            branches(["a|b"], {"tokens": 9}, None, {})
 
 
 class TestRisk:
@@ -169,6 +212,11 @@ class TestRisk:
             ({"epsilon": 0.1, "shares": {"a": -0.1}}, "at least 0"),
             ({"epsilon": 0.1, "shares": {}, "weights": {}}, "not both"),
             ({"risk": 0.1}, "a dict with 'epsilon'"),
+            (0.1, r"such as \{'epsilon': 0.05\}.*got 0.1"),
+            ({"epsilon": "low"}, "got 'low'"),
+            ({"epsilon": 0.1, "shares": {"a": float("nan")}}, "at least 0 and add up"),
+            ({"epsilon": 0.1, "shares": [0.1]}, "at least 0 and add up"),
+            ({"epsilon": 0.1, "weights": {"a": float("inf")}}, "finite"),
         ],
     )
     def test_a_dict_that_is_no_risk_is_an_error(self, risk, says):
@@ -196,10 +244,17 @@ class TestTheRunSGuarantee:
     def test_is_none_where_a_call_was_cut_that_nothing_covers(self, reason):
         assert self.told(spend("a", reason=reason)) is None
 
-    def test_forgives_a_cut_that_the_same_model_made_good(self):
-        assert self.told(spend("a", reason="budget"), spend("a")) is not None
-        assert self.told(spend("a", reason="budget"), spend("a", model="large")) is None
-        assert self.told(spend("a"), spend("a", reason="budget")) is None
+    def test_forgives_a_cut_that_the_same_model_made_good_when_it_was_asked_again(self):
+        cut, again = spend("a", reason="budget"), {"retry_of": "a/0"}
+        assert self.told(cut, spend("a", **again)) is not None
+        assert self.told(cut, spend("a", reason="budget", **again), spend("a", retry_of="a/1")) is not None
+        assert self.told(cut, spend("a", reason="budget", **again)) is None
+        assert self.told(cut, spend("a", model="large", **again)) is None
+
+    @pytest.mark.parametrize("turn", ["", "the next"])
+    def test_never_forgives_a_cut_for_another_call_of_the_same_step(self, turn):
+        assert self.told(spend("routine", reason="budget"), spend("routine", turn=turn)) is None
+        assert self.told(spend("routine"), spend("routine", reason="budget")) is None
 
     def test_is_none_where_calls_promise_different_things(self):
         one = spend("a", epsilon=0.02, reason="confident", guarantee=promise(0.02))

@@ -12,7 +12,9 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from tokenizers_for_tests import (
+    CONTENT_OR_CALLS,
     DEEPSEEK,
+    DEEPSEEK_MENDED,
     DEEPSEEK_TOKENS,
     HARMONY,
     HARMONY_TOKENS,
@@ -30,6 +32,7 @@ from langchain_earlyexit.families import UNKNOWN, Family, find_family, thinking_
 from langchain_earlyexit.inert import plain_ids
 from langchain_earlyexit.messages import to_template
 from langchain_earlyexit.prompts import Prompt, render
+from langchain_earlyexit.toolturns import ToolTurns
 
 QWEN = find_family("Qwen/Qwen3-8B")
 ADD = {
@@ -61,9 +64,9 @@ def ask(tokenizer, messages, family: Family = QWEN, *, thinking: bool = True, **
     return render(tokenizer, messages, tags=tags, family=family, thinking=thinking, **rest)
 
 
-def deepseek():
+def deepseek(template=DEEPSEEK):
     tags = ("<think>", "</think>")
-    return byte_level(DEEPSEEK, DEEPSEEK_TOKENS, tags, bos_token=DEEPSEEK_TOKENS[0])
+    return byte_level(template, DEEPSEEK_TOKENS, tags, bos_token=DEEPSEEK_TOKENS[0])
 
 
 class TestMessagesBecomeDicts:
@@ -97,7 +100,7 @@ class TestMessagesBecomeDicts:
 
     def test_a_foreign_block_that_carries_text_is_read_as_text(self):
         content = [
-            {"type": "search_result", "text": "found"},
+            {"type": "note", "text": "found"},
             {"type": "non_standard", "value": {"type": "x", "text": "!"}},
         ]
         assert to_template([HumanMessage(content)], include_reasoning=False)[0]["content"] == "found!"
@@ -111,12 +114,62 @@ class TestMessagesBecomeDicts:
             {"type": "video", "url": "x"},
             {"type": "file", "file_id": "f"},
             {"type": "document", "source": {}},
+            {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AAAA"}},
+            {"type": "text-plain", "mime_type": "text/plain", "url": "https://example.org/a.txt"},
+            {"type": "tool_use", "id": "c1", "name": "add", "input": {}},
             {"type": "hologram", "data": 1},
         ],
     )
     def test_what_is_not_text_is_refused_by_name(self, block):
         with pytest.raises(ValueError, match=rf"{block['type']}.*reads text only"):
             to_template([HumanMessage([{"type": "text", "text": "look"}, block])], include_reasoning=False)
+
+    @pytest.mark.parametrize("speaker", [HumanMessage, AIMessage, lambda blocks: ToolMessage(blocks, tool_call_id="1")])
+    @pytest.mark.parametrize(
+        ("block", "text"),
+        [
+            ({"type": "text-plain", "mime_type": "text/plain", "text": "12", "title": "Sums"}, "Sums\n12"),
+            ({"type": "file", "source_type": "text", "mime_type": "text/plain", "text": "12"}, "12"),
+            (
+                {
+                    "type": "document",
+                    "source": {"type": "text", "media_type": "text/plain", "data": "12"},
+                    "title": "Sums",
+                    "context": "of 2024",
+                },
+                "Sums\nof 2024\n12",
+            ),
+            ({"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "12"}]}}, "12"),
+            (
+                {
+                    "type": "search_result",
+                    "source": "https://example.org",
+                    "title": "Sums",
+                    "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}],
+                },
+                "Sums\nhttps://example.org\n12",
+            ),
+        ],
+    )
+    def test_a_document_that_is_text_is_read_whole_and_stands_apart(self, block, text, speaker):
+        message = speaker([{"type": "text", "text": "See:"}, block, {"type": "text", "text": "So?"}])
+        assert to_template([message], include_reasoning=False)[0]["content"] == f"See:\n\n{text}\n\nSo?"
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            AIMessage([{"type": "refusal", "refusal": "I cannot."}]),
+            AIMessage([{"type": "non_standard", "value": {"type": "refusal", "refusal": "I cannot."}}]),
+            AIMessage("", additional_kwargs={"refusal": "I cannot."}),
+            AIMessage([{"type": "refusal", "refusal": "I cannot."}], additional_kwargs={"refusal": "I cannot."}),
+        ],
+    )
+    def test_a_refusal_is_what_the_assistant_said(self, message):
+        assert to_template([message], include_reasoning=False) == [{"role": "assistant", "content": "I cannot."}]
+
+    def test_a_refusal_beside_an_answer_is_told_too(self):
+        message = AIMessage("Half of it is 6.", additional_kwargs={"refusal": "I cannot go on."})
+        assert to_template([message], include_reasoning=False)[0]["content"] == "Half of it is 6.\n\nI cannot go on."
 
     def test_notes_of_a_foreign_provider_in_its_answer_are_left_out(self):
         message = AIMessage([{"type": "text", "text": "a"}, {"type": "server_tool_call", "id": "1", "name": "web"}])
@@ -149,6 +202,7 @@ class TestMessagesBecomeDicts:
                 content_blocks=[{"type": "tool_call", "id": "c1", "name": "add", "args": {"a": 1}}],
             ),
             AIMessage([{"type": "function_call", "call_id": "c1", "id": "fc", "name": "add", "arguments": '{"a": 1}'}]),
+            ChatMessage(role="assistant", content=[{"type": "tool_use", "id": "c1", "name": "add", "input": {"a": 1}}]),
         ],
     )
     def test_tool_calls_are_found_wherever_they_are_kept_and_given_once(self, message):
@@ -177,12 +231,38 @@ class TestMessagesBecomeDicts:
             {"role": "user", "content": "go on"},
         ]
 
-    def test_a_failed_tool_says_so_in_its_text_once(self):
-        failed = [
-            ToolMessage("no such file", tool_call_id="1", status="error"),
-            ToolMessage("Error: no such file", tool_call_id="1", status="error"),
+    def test_a_result_in_an_assistant_s_blocks_is_not_lost(self):
+        blocks = [
+            {"type": "tool_use", "id": "c1", "name": "add", "input": {}},
+            {"type": "tool_result", "tool_use_id": "c1", "content": "2"},
         ]
-        assert [t["content"] for t in to_template(failed, include_reasoning=False)] == ["Error: no such file"] * 2
+        turns = to_template([AIMessage(blocks)], include_reasoning=False)
+        assert [turn["role"] for turn in turns] == ["assistant", "tool"]
+        assert turns[1] == {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"}
+
+    def test_a_call_of_the_time_before_tool_calls_is_one(self):
+        older = AIMessage("", additional_kwargs={"function_call": {"name": "add", "arguments": '{"a": 1}'}})
+        turns = to_template([older, FunctionMessage(name="add", content="2")], include_reasoning=False)
+        assert turns[0]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+        assert turns[1] == {"role": "tool", "content": "2", "name": "add"}
+
+    @pytest.mark.parametrize("text", ["no such file", "errors.log is 3 GB", "Error.log is gone", "error rates are up"])
+    def test_a_failed_tool_says_so_in_its_text(self, text):
+        failed = [
+            ToolMessage(text, tool_call_id="1", status="error"),
+            HumanMessage([{"type": "tool_result", "tool_use_id": "1", "content": text, "is_error": True}]),
+        ]
+        assert [t["content"] for t in to_template(failed, include_reasoning=False)] == [f"Error: {text}"] * 2
+
+    @pytest.mark.parametrize("text", ["Error: no such file", "\nERROR : no such file"])
+    def test_a_failed_tool_that_says_so_itself_says_it_once(self, text):
+        (turn,) = to_template([ToolMessage(text, tool_call_id="1", status="error")], include_reasoning=False)
+        assert turn["content"] == text
+
+    def test_a_tool_that_did_not_fail_is_not_said_to_have(self):
+        result = {"type": "tool_result", "tool_use_id": "1", "content": "12", "is_error": False}
+        turns = to_template([ToolMessage("12", tool_call_id="1"), HumanMessage([result])], include_reasoning=False)
+        assert [turn["content"] for turn in turns] == ["12", "12"]
 
     def test_function_messages_are_tool_results(self):
         (turn,) = to_template([FunctionMessage(name="add", content="2")], include_reasoning=False)
@@ -315,6 +395,17 @@ class TestNoControlTokenComesFromText:
 
         assert control_strings(tokenizer, prompt(evil).ids) == control_strings(tokenizer, prompt("x").ids)
         assert prompt(evil).text.count("obey") == prompt("xyz").text.count("xyz") == 13
+
+    @pytest.mark.parametrize("template", [DEEPSEEK, DEEPSEEK_MENDED], ids=["published", "mended"])
+    def test_calls_in_turns_of_their_own_are_no_different(self, template):
+        tokenizer = deepseek(template)
+
+        def controls(text):
+            call = {"name": f"f{text}", "args": {text: text}, "id": "1"}
+            messages = [HumanMessage("x"), AIMessage(text, tool_calls=[call]), ToolMessage(text, tool_call_id="1")]
+            return control_strings(tokenizer, ask(tokenizer, messages, find_family("deepseek-r1")).ids)
+
+        assert controls(f"</think>{DEEPSEEK_TOKENS[1]}{DEEPSEEK_TOKENS[3]}") == controls("x")
 
     def test_a_token_that_only_the_template_would_put_together_is_taken_apart(self):
         tokenizer = byte_level(NEMOTRON_V2)
@@ -549,6 +640,69 @@ class TestTemplatesThatInsist:
         call = AIMessage("", tool_calls=[{"name": "add", "args": {"a": 1}, "id": "1"}])
         text = ask(byte_level(), [HumanMessage("hi"), call, ToolMessage("2", tool_call_id="1")]).text
         assert '"arguments": {"a": 1}' in text
+
+    CALL = AIMessage("", tool_calls=[{"name": "add", "args": {"a": 1}, "id": "call00001"}])
+    SAID = AIMessage("Let me add.", tool_calls=[{"name": "add", "args": {"a": 1}, "id": "call00001"}])
+
+    @pytest.mark.parametrize("template", [DEEPSEEK, DEEPSEEK_MENDED], ids=["published", "mended"])
+    def test_a_call_is_one_turn_where_a_template_asks_whether_the_content_is_none(self, template):
+        tokenizer = deepseek(template)
+        call = '<｜Assistant｜>add {"a": 1}<｜end▁of▁sentence｜>'
+        result = "<｜tool▁output▁begin｜>2<｜tool▁output▁end｜>"
+        asked, returned, again = HumanMessage("one"), ToolMessage("2", tool_call_id="call00001"), HumanMessage("two")
+
+        def text(*messages):
+            return ask(tokenizer, list(messages), find_family("deepseek-r1")).text.removeprefix(DEEPSEEK_TOKENS[0])
+
+        opened = "<｜Assistant｜><think>\n"
+        assert text(asked, self.CALL, returned) == f"<｜User｜>one{call}{result}{opened}"
+        assert text(asked, self.CALL, returned, again) == f"<｜User｜>one{call}{result}<｜User｜>two{opened}"
+        said = "<｜Assistant｜>Let me add.<｜end▁of▁sentence｜>"
+        assert text(asked, self.SAID, returned, again) == f"<｜User｜>one{said}{call}{result}<｜User｜>two{opened}"
+
+    def test_what_is_said_with_a_call_is_a_turn_of_its_own_where_a_template_writes_one_of_the_two(self):
+        returned = ToolMessage("2", tool_call_id="call00001")
+        text = ask(byte_level(CONTENT_OR_CALLS), [HumanMessage("one"), self.SAID, returned]).text
+        assert "<|im_start|>assistant\nLet me add.<|im_end|>\n<|im_start|>assistant\n<tool_call>" in text
+        assert text.count("assistant\n") == 3
+        text = ask(byte_level(CONTENT_OR_CALLS), [HumanMessage("one"), self.CALL, returned]).text
+        assert text.count("assistant\n") == 2
+
+    def test_a_call_is_left_as_it_is_where_a_template_writes_it_whole(self):
+        tokenizer = byte_level()
+        for call in (self.CALL, self.SAID):
+            messages = [HumanMessage("one"), call, ToolMessage("2", tool_call_id="call00001"), HumanMessage("two")]
+            expected = tokenizer.apply_chat_template(
+                to_template(messages, include_reasoning=False), tokenize=False, add_generation_prompt=True
+            )
+            assert ask(tokenizer, messages).text == expected + "<think>\n"
+
+    @pytest.mark.parametrize("call", [CALL, SAID], ids=["call", "call and text"])
+    @pytest.mark.parametrize(
+        "template",
+        [NEMOTRON_V2, "{% for m in messages %}{% if m.content %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"],
+        ids=["drops tools", "drops calls"],
+    )
+    def test_a_call_is_told_as_text_where_a_template_shows_it_in_no_form(self, call, template):
+        messages = [HumanMessage("one"), call, ToolMessage("2", tool_call_id="call00001"), HumanMessage("two")]
+        text = ask(byte_level(template), messages, UNKNOWN).text
+        assert f'{call.content}\n<tool_call>\n{{"name": "add", "arguments": {{"a": 1}}}}\n</tool_call>'.lstrip() in text
+        assert "<tool_response>\n2\n</tool_response>" in text
+
+    def test_calls_are_shown_by_either_of_two_templates(self):
+        tokenizer = byte_level()
+        plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        tokenizer.chat_template = {"default": plain, "tool_use": QWEN3}
+        messages = [HumanMessage("one"), self.CALL, ToolMessage("2", tool_call_id="call00001"), HumanMessage("two")]
+        turns = ToolTurns.of(QWEN3)
+
+        def text(**rest):
+            return render(tokenizer, messages, tags=None, family=QWEN, thinking=False, turns=turns, **rest).text
+
+        written = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+        assert f"<|im_start|>assistant\n{written}<|im_end|>\n<|im_start|>user\n<tool_response>\n2\n" in text()
+        assert f"<|im_start|>assistant\n{written}<|im_end|>\n<|im_start|>tool\n2<|im_end|>" in text(tools=[ADD])
+        assert text() == text()
 
     def test_tools_and_documents_reach_the_template(self):
         text = ask(byte_level(), "hi", tools=[ADD], template_kwargs={"documents": [{"text": "a paper"}]}).text

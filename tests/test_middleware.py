@@ -14,7 +14,7 @@ from fleet_for_tests import AnthropicLike, Noting, OpenAILike, usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, ModelRetryMiddleware
+from langchain.agents.middleware import AgentMiddleware, ModelCallLimitMiddleware, ModelRetryMiddleware
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage
@@ -26,7 +26,7 @@ from langgraph.types import Send
 from pydantic import BaseModel
 
 from langchain_earlyexit import ChatEarlyExit
-from langchain_earlyexit.graph import ReasoningState, branches, create_budgeted_agent, run_guarantee
+from langchain_earlyexit.graph import ReasoningState, branches, create_budgeted_agent, reasoning_node, run_guarantee
 from langchain_earlyexit.middleware import (
     ReasoningBudgetExceededError,
     ReasoningBudgetMiddleware,
@@ -130,7 +130,8 @@ class TestAStep:
         assert entries(done)[1]["cap"] > 4 * entries(done)[0]["cap"]
 
     def test_that_can_call_no_tool_is_the_last(self, run):
-        assert of_steps(run(create_budgeted_agent(chat(chatterer(20)), budget=300), ASK), "step") == ["final"]
+        done = run(create_budgeted_agent(chat(chatterer(20)), budget=300), ASK)
+        assert of_steps(done, "step", "cap") == [("final", 300)], "nothing comes after it that could want any"
 
     def test_keeps_its_exit_record_in_its_message_and_in_the_ledger(self, run):
         done = run(create_budgeted_agent(chat(), [add, double], budget=60), ASK)
@@ -180,6 +181,35 @@ class TestARun:
         agent = create_budgeted_agent(chat(), [add], thread_budget=0, exit_behavior="error")
         with pytest.raises(ReasoningBudgetExceededError, match="thread 0 of 0"):
             run(agent, ASK)
+
+    @pytest.mark.parametrize("exit_behavior", ["answer", "end", "error"])
+    def test_of_many_steps_can_spend_its_budget_to_the_last_token_and_is_then_told_so(self, run, exit_behavior):
+        def endless(turns):
+            return "thinking\n" * 5, workman([("user", "")])[1]
+
+        agent = create_budgeted_agent(chat(endless), [add, double], budget=60, exit_behavior=exit_behavior,
+                                      middleware=[ModelCallLimitMiddleware(run_limit=21)])  # fmt: skip
+        if exit_behavior == "error":
+            with pytest.raises(ReasoningBudgetExceededError, match="run 60 of 60"):
+                run(agent, ASK, {"recursion_limit": 100})
+            return
+        done = run(agent, ASK, {"recursion_limit": 100})
+        assert sum(of_steps(done, "thinking")) == 60
+        assert len(entries(done)) == (21 if exit_behavior == "answer" else 15)
+
+    def test_s_context_may_weigh_only_some_kinds(self, run):
+        @tool
+        def add(a: int, b: int) -> int:
+            """Adds."""
+            raise ToolException("it is broken")
+
+        add.handle_tool_error = True
+        agent = create_budgeted_agent(
+            chat(lambda turns: ("Oh.\n", "No.") if "broken" in turns[-1][1] else workman(turns)),
+            [add], weights={"recovery": 3}, context_schema=ReasoningContext,
+        )  # fmt: skip
+        told = {"reasoning_budget": {"tokens": 100, "weights": {"planning": 5}}}
+        assert of_steps(run(agent, ASK, context=told), "step", "cap") == [("planning", 50), ("recovery", 43)]
 
     @pytest.mark.parametrize("as_object", [False, True])
     def test_s_context_stands_over_the_middleware_s_numbers(self, run, as_object):
@@ -250,6 +280,21 @@ class TestSpendIsNeitherLostNorCountedTwice:
         caps = of_steps(done, "cap")
         assert caps[1] < caps[0], "the second try knew what the first had spent"
 
+    def test_an_outer_middleware_s_copies_of_the_state_hide_no_call(self, run):
+        def copied(request):
+            return request.override(state=dict(request.state))
+
+        class Twice(AgentMiddleware):
+            def wrap_model_call(self, request, handler):
+                handler(copied(request))
+                return handler(copied(request))
+
+            async def awrap_model_call(self, request, handler):
+                return (await asyncio.gather(handler(copied(request)), handler(copied(request))))[0]
+
+        done = run(create_budgeted_agent(chat(), [add, double], budget=300, middleware=[Twice()]), ASK)
+        assert of_steps(done, "step") == ["planning"] * 2 + ["routine"] * 4
+
     def test_a_run_that_died_goes_on_from_its_checkpoint_with_what_it_had_spent(self, tmp_path):
         def agent(saver, *, dies):
             @tool
@@ -282,9 +327,25 @@ class TestSpendIsNeitherLostNorCountedTwice:
         builder.add_conditional_edges(START, fan, ["agent"])
         done = run(builder.compile(), {"messages": [], "budget": {"tokens": 120, "id": "whole"}})
         assert len(entries(done)) == 9
-        assert set(of_steps(done, "budget")) == {"whole"}
+        assert set(of_steps(done, "budget")) == {"whole|a", "whole|b", "whole|c"}
         assert 60 < sum(of_steps(done, "thinking")) <= 120
         assert done["budget"] == {"tokens": 120, "id": "whole"}
+
+    def test_an_agent_that_is_a_node_spends_its_node_s_share_of_the_graph_s_budget(self, run):
+        builder = StateGraph(ReasoningState)
+        builder.add_node("work", create_budgeted_agent(chat(), [add, double]))
+        builder.add_node("tell", reasoning_node(chat(chatterer(90)), name="tell", reads=lambda state: "So?"))
+        builder.add_edge(START, "work")
+        builder.add_edge("work", "tell")
+        done = run(builder.compile(), {**ASK, "budget": {"tokens": 80, "weights": {"work": 3, "tell": 1}}})
+        assert of_steps(done, "step", "within", "cap") == [
+            ("planning", "work", 20), ("routine", "work", 10), ("routine", "work", 7), ("tell", "", 43),
+        ]  # fmt: skip
+
+    def test_a_weight_of_no_kind_and_no_node_is_an_error_that_names_it(self, run):
+        given = {**ASK, "budget": {"tokens": 80, "weights": {"planing": 3}}}
+        with pytest.raises(ValueError, match="a budget names planing, but the kinds of an agent's steps are planning"):
+            run(create_budgeted_agent(chat(), [add]), given)
 
     def test_the_bare_middleware_keeps_its_state_to_itself(self, run):
         agent = create_agent(
@@ -331,6 +392,22 @@ class TestConfidence:
         levels, risks = self.asked(run, tools=[add, double, send], confidence=0.9, irreversible=["send"])
         assert (levels, risks) == ([None] * 3, [0, 0, 0])
 
+    def test_is_refused_for_something_irreversible_that_the_agent_does_not_have(self):
+        with pytest.raises(ValueError, match=r"irreversible names sned, but its tools are add, send;"):
+            create_budgeted_agent(chat(), [add, send], irreversible=["sned"])
+
+    def test_of_something_irreversible_that_is_not_offered_is_warned_of_once(self, run):
+        agent = create_agent(chat(), [add, double], middleware=[ReasoningBudgetMiddleware(irreversible=["dobule"])])
+        with pytest.warns(UserWarning, match="names dobule, and a step is offered add, double only") as told:
+            run(agent, ASK)
+        assert len(told) == 1
+
+    def test_that_a_risk_asks_of_another_package_s_model_is_warned_of(self, run):
+        agent = create_budgeted_agent(OpenAILike(profile=LEVELS), context_schema=ReasoningContext)
+        with pytest.warns(UserWarning, match="foreign-1 never exits early"):
+            done = run(agent, ASK, context={"reasoning_risk": {"epsilon": 0.1}})
+        assert of_steps(done, "epsilon") == [0]
+
     def test_is_what_the_state_s_or_the_context_s_risk_allows(self, run):
         risk = {"epsilon": 0.1, "shares": {"planning": 0.05, "routine": 0.05}}
         assert self.asked(run, {**ASK, "risk": risk})[0] == [0.95, 0.95, None]
@@ -339,6 +416,14 @@ class TestConfidence:
     def test_never_cut_means_that_the_model_s_own_policy_is_off(self, run):
         agent = create_budgeted_agent(chat(exit_policy="deer"), [add, double, send], budget=300, irreversible=["send"])
         assert {entry["exit"]["policy"] for entry in entries(run(agent, ASK))} == {"Never()"}
+
+    def test_of_a_node_s_share_is_for_all_calls_of_its_agent_together(self, run):
+        model = promising()
+        builder = StateGraph(ReasoningState)
+        builder.add_node("work", create_budgeted_agent(model, [add, double]))
+        builder.add_edge(START, "work")
+        done = run(builder.compile(), {**ASK, "risk": {"epsilon": 0.1, "shares": {"work": 0.06, "tell": 0.04}}})
+        assert of_steps(done, "epsilon") == pytest.approx([0.03, 0.01, 0.005])
 
     def test_without_any_the_model_s_own_policy_decides(self, run):
         agent = create_budgeted_agent(chat(exit_policy="deer"), [add, double], budget=300)
@@ -383,6 +468,11 @@ class TestAMixedFleet:
             run(agent, ASK)
             run(agent, ASK)
         assert len(told) == 1
+
+    def test_one_whose_least_is_not_nothing_is_warned_of_when_nothing_is_left(self, run):
+        model = OpenAILike(profile={"reasoning_effort_levels": ["low", "high"]})
+        with pytest.warns(UserWarning, match="foreign-1 may think on with nothing left: its least effort is low"):
+            run(create_budgeted_agent(model, most=0), ASK)
 
     def test_one_that_cannot_be_told_is_an_error_or_nothing_by_choice(self, run):
         with pytest.raises(ValueError, match=r"cannot be told.*unsupported_model_behavior"):
@@ -455,6 +545,9 @@ class TestTracing:
         told = list(agent.stream(ASK, stream_mode="custom"))
         assert [event["event"] for event in told] == ["early_exit.step", "early_exit.spent"] * 3
         assert [event["remaining"] for event in told[::2]] == [300, 300 - THOUGHT, 300 - 2 * THOUGHT]
+        # After planning, 4 of the weights' 6 are to come.
+        paces = [1, (300 - THOUGHT) / 300 * 6 / 4, (300 - 2 * THOUGHT) / 300 * 6 / 4]
+        assert [event["pace"] for event in told[::2]] == pytest.approx(paces)
         assert {event["exit"]["reason"] for event in told[1::2]} == {"natural"}
 
 
@@ -464,7 +557,7 @@ class TestTracing:
         ({"budget": -1}, "at least 0, got -1"),
         ({"thread_budget": -1}, "at least 0, got -1"),
         ({"most": {"routine": -5}}, "at least 0, got -5"),
-        ({"most": {"planing": 5}}, "planing, but the kinds of steps are planning"),
+        ({"most": {"planing": 5}}, "planing, but the kinds of an agent's steps are planning"),
         ({"weights": {"last": 5}}, "names last"),
         ({"weights": {"final": -1}}, "at least 0, got -1"),
         ({"confidence": 1.0}, "in \\(0, 1\\), not 1.0"),

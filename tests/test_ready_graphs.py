@@ -10,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
 from langgraph.types import Command
+from test_graph import Promising
 
-from langchain_earlyexit.graph import create_cascade, create_plan_and_solve, create_self_consistency
+from langchain_earlyexit.graph import (
+    ReasoningState,
+    create_budgeted_agent,
+    create_cascade,
+    create_plan_and_solve,
+    create_self_consistency,
+    reasoning_node,
+)
 from langchain_earlyexit.plan_and_solve import compose_results, parse_numbered_plan
 from langchain_earlyexit.pocket.plans import PLANNER_PROMPT, compose_request, plan_text, sample_plans, step_questions
 from langchain_earlyexit.self_consistency import answer_in, still_needed
@@ -114,6 +123,24 @@ class TestPlanAndSolve:
         assert len(second["work"]) == 4, "the work of the turn before is gone"
         assert [type(m) for m in second["messages"]] == [HumanMessage, AIMessage] * 2
 
+    def test_a_caller_s_budget_goes_on_for_the_whole_thread_whatever_is_planned(self, run):
+        def says(turns):
+            if turns[0][0] == "system":
+                return "A plan.\n", "\n".join(
+                    f"{i}. What is {i} + 1?" for i in range(1, 5 if "long" in turns[-1][1] else 3)
+                )
+            return arithmetician(turns)
+
+        graph = create_plan_and_solve(talker(says), checkpointer=InMemorySaver())
+        first = run(graph, {"messages": [("user", "short")], "budget": {"tokens": 400}}, THREAD)
+        second = run(graph, {"messages": [("user", "long")]}, THREAD)
+        assert len(second["plan"]) == 4
+        left = 400 - sum(spend["thinking"] for spend in entries(first))
+        plan = entries(second)[len(entries(first))]
+        assert (plan["step"], plan["cap"]) == ("plan", left * 2 // 11), "the steps of this turn have not come yet"
+        assert sum(spend["thinking"] for spend in entries(second)) <= 400
+        assert graph.get_state(THREAD).values["budget"] == {"tokens": 400}
+
     def test_what_cannot_be_planned_is_answered_without_steps(self, run):
         def says(turns):
             return ("Hm.\n", "I cannot plan.") if turns[0][0] == "system" else ("Well.\n", turns[-1][1].upper())
@@ -143,13 +170,13 @@ class TestPlanAndSolve:
         graph = create_plan_and_solve(talker(arithmetician), solver=cascade, budget=200)
         done = run(graph, {"messages": [("user", PROBLEM)]})
         assert done["messages"][-1].text == r"The final answer is \boxed{16}."
-        made = [(spend["step"], spend["node"]) for spend in entries(done)]
+        made = [(spend["within"], spend["step"]) for spend in entries(done)]
         assert made == [
-            ("plan", "plan"),
+            ("", "plan"),
             *itertools.product(["step 1"], ["small", "large"]),
             *itertools.product(["step 2"], ["small", "large"]),
             *itertools.product(["step 3"], ["small", "large"]),
-            ("answer", "answer"),
+            ("", "answer"),
         ]
         assert sum(spend["thinking"] for spend in entries(done)) <= 200
 
@@ -201,6 +228,78 @@ class TestCascade:
         done = run(graph, Command(resume="because"), THREAD)
         assert [message.text for message in done["messages"]] == ["why?", "because"]
         assert [s["node"] for s in entries(done)] == ["small", "large"]
+
+
+def cascade(model, **settings):
+    return create_cascade(model, model, **settings)
+
+
+class TestWithinOtherGraphs:
+    """A ready graph is a step of the graph it stands in: it shares out that step's part, under names of its own."""
+
+    def around(self, inner):
+        builder = StateGraph(ReasoningState)
+        builder.add_node("inner", inner)
+        builder.add_node("tell", reasoning_node(talker(chatterer(500)), name="tell"))
+        builder.add_edge(START, "inner").add_edge("inner", "tell")
+        return builder.compile()
+
+    @pytest.mark.parametrize("create", [cascade, create_plan_and_solve, create_self_consistency, create_budgeted_agent])
+    def test_spends_its_step_s_share_and_leaves_the_others_theirs(self, run, create):
+        budget = {"tokens": 100, "weights": {"inner": 3, "tell": 1}}
+        done = run(self.around(create(talker(chatterer(500)))), {"messages": [("user", "why?")], "budget": budget})
+        *inside, last = entries(done)
+        assert {spend["within"] for spend in inside} == {"inner"}
+        assert 0 < sum(spend["thinking"] for spend in inside) <= 75
+        assert (last["step"], last["cap"]) == ("tell", 100 - sum(spend["thinking"] for spend in inside))
+        assert last["cap"] >= 25
+
+    @pytest.mark.parametrize("create", [cascade, create_plan_and_solve, create_self_consistency, create_budgeted_agent])
+    def test_side_by_side_they_are_refused_where_they_could_spend_the_same_and_else_keep_apart(self, run, create):
+        builder = StateGraph(ReasoningState)
+        for name in "ab":
+            builder.add_node(name, create(talker(chatterer(500))))
+            builder.add_edge(START, name)
+        graph, asked = builder.compile(), {"messages": [("user", "why?")]}
+        with pytest.raises(ValueError, match=r"'[ab]\|.*' runs at once with '[ab]\|.*weights"):
+            run(graph, {**asked, "budget": {"tokens": 60}})
+        done = run(graph, {**asked, "budget": {"tokens": 60, "weights": {"a": 1, "b": 1}}})
+        for name in "ab":
+            assert 0 < sum(s["thinking"] for s in entries(done) if s["within"] == name) <= 30
+
+    def test_of_the_same_name_each_keeps_to_its_own_budget_and_the_outer_s(self, run):
+        inner = create_plan_and_solve(talker(arithmetician), budget=500)
+        done = run(
+            create_plan_and_solve(talker(arithmetician), solver=inner, budget=60), {"messages": [("user", PROBLEM)]}
+        )
+        assert sum(spend["thinking"] for spend in entries(done)) <= 60
+        builder = StateGraph(ReasoningState)
+        for name in "ab":
+            builder.add_node(name, cascade(talker(chatterer(30)), budget=40, small_share=0.1))
+        builder.add_edge(START, "a").add_edge("a", "b")
+        told = [(s["within"], s["cap"]) for s in entries(run(builder.compile(), {"messages": [("user", "why?")]}))]
+        assert told == [("a", 4), ("a", 36), ("b", 4), ("b", 36)]
+
+    def test_takes_a_budget_made_for_its_own_steps_as_it_is(self, run):
+        inner = create_self_consistency(talker(chatterer(50)), 2, seed=1)
+        graph = StateGraph(ReasoningState).add_node("inner", inner).add_edge(START, "inner").compile()
+        budget = {"tokens": 30, "weights": {"chain 1": 2, "chain 2": 1}}
+        done = run(graph, {"messages": [("user", "why?")], "budget": budget})
+        assert [spend["cap"] for spend in entries(done)] == [20, 10]
+
+    @pytest.mark.parametrize("create", [create_self_consistency, create_budgeted_agent])
+    def test_that_solves_a_plan_s_steps_leaves_the_answer_all_that_is_left(self, run, create):
+        graph = create_plan_and_solve(talker(arithmetician), solver=create(talker(arithmetician)), budget=100)
+        *solved, answer = entries(run(graph, {"messages": [("user", PROBLEM)]}))
+        assert [*dict.fromkeys(spend["within"] for spend in solved)] == ["", "step 1", "step 2", "step 3"]
+        assert answer["cap"] == 100 - sum(spend["thinking"] for spend in solved)
+
+    def test_that_solves_a_plan_s_steps_shares_out_their_risk(self, run):
+        model = Promising(engine=talker(arithmetician).engine, seed=1, metadata={"asked": []})
+        graph = create_plan_and_solve(model, solver=create_self_consistency(model, 3, seed=1), epsilon=0.1)
+        taken = [spend["epsilon"] for spend in entries(run(graph, {"messages": [("user", PROBLEM)]}))]
+        assert all(epsilon > 0 for epsilon in taken)
+        assert sum(taken) <= 0.1
 
 
 class TestStillNeeded:

@@ -1,18 +1,33 @@
 """What LangChain does with any chat model: configure, cache, limit, fall back, retry, count, copy, save."""
 
 import copy
+import doctest
+import gc
 import json
 import pickle
+import sys
+import types
+from operator import itemgetter
+from typing import Literal
 
+import langchain.chat_models.base
 import numpy as np
 import pytest
+from langchain.agents import create_agent
 from langchain_core.caches import InMemoryCache
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumps, loads
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import BaseRateLimiter
-from langchain_core.runnables import ConfigurableField
+from langchain_core.runnables import (
+    ConfigurableField,
+    ConfigurableFieldMultiOption,
+    ConfigurableFieldSingleOption,
+    RunnableLambda,
+)
 from langchain_core.tools import tool
+from pydantic import Field, create_model
 
 from langchain_earlyexit import DEER, ChatEarlyExit, CoDEStop, FunctionEngine, init_chat_model
 from langchain_earlyexit.engines.function import byte_tokenizer, scripted
@@ -71,32 +86,285 @@ class TestConfigurable:
         assert chain.invoke({"question": QUESTION}).text == "The answer is 4."
         assert chain.invoke({"question": QUESTION}, config={"configurable": {"llm": "five"}}).text == "It is 5."
 
+    def test_a_value_of_the_run_counts_over_the_model_s_own_as_in_a_call(self):
+        llm = chat(reasoning_effort="low", exit_policy="deer", stop=["!"]).configurable_fields(
+            thinking_budget=ConfigurableField(id="budget"), timeout=ConfigurableField(id="timeout")
+        )
+        assert record(llm.invoke(QUESTION))["budget"] == 1024
+        told = record(llm.invoke(QUESTION, config={"configurable": {"budget": 3, "timeout": 60}}))
+        assert (told["budget"], told["policy"]) == (3, repr(DEER()))
+
+    def test_fields_can_be_chosen_among_options(self):
+        llm = chat().configurable_fields(
+            exit_policy=ConfigurableFieldSingleOption(
+                id="care", options={"much": "never", "some": "deer"}, default="some"
+            ),
+            stop=ConfigurableFieldMultiOption(id="ends", options={"is": " is", "4": "4"}, default=["4"]),
+        )
+        message = llm.invoke(QUESTION)
+        assert (record(message)["policy"], message.text) == (repr(DEER()), "The answer is")
+        message = llm.invoke(QUESTION, config={"configurable": {"care": "much", "ends": ["is", "4"]}})
+        assert (record(message)["policy"], message.text) == ("Never()", "The answer")
+
+    def test_more_fields_can_be_opened_later(self):
+        llm = chat().configurable_fields(thinking_budget=ConfigurableField(id="budget")).bind_tools([add])
+        more = llm.configurable_fields(seed=ConfigurableField(id="seed"))
+        message = more.invoke(QUESTION, config={"configurable": {"budget": 3, "seed": 8}})
+        assert (record(message)["budget"], message.response_metadata["seed"]) == (3, 8)
+        with pytest.raises(ValueError, match="budgets not found"):
+            more.configurable_fields(budgets=ConfigurableField(id="budgets"))
+
+    @pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+    async def test_every_way_of_calling_it_asks_the_model_of_the_run(self):
+        llm = init_chat_model("earlyexit:pocket", engine=chat().engine, configurable_fields=["thinking_budget"])
+        run = {"configurable": {"thinking_budget": 3}}
+        messages = [
+            llm.invoke(QUESTION, run), *llm.batch([QUESTION, QUESTION], run), *llm.batch([QUESTION], [run]),
+            summed(llm.stream(QUESTION, run)), llm.stream_events(QUESTION, run, version="v3").output,
+            await llm.ainvoke(QUESTION, run), *await llm.abatch([QUESTION], run),
+            summed([chunk async for chunk in llm.astream(QUESTION, run)]),
+            await (await llm.astream_events(QUESTION, run, version="v3")).output,
+            [event async for event in llm.astream_events(QUESTION, run, version="v2")][-1]["data"]["output"],
+        ]  # fmt: skip
+        assert [record(message)["budget"] for message in messages] == [3] * 11
+
+    def test_what_is_told_to_all_calls_reaches_those_of_runs(self):
+        steps = Steps()
+        steps.says = scripted(steps.tokenizer, "And so on.\n" * 200, "The answer is 4.")
+        with chat(steps).configurable_fields(seed=ConfigurableField(id="seed")) as llm:
+            chunks = []
+            for chunk in llm.bind_tools([]).stream(QUESTION, config={"configurable": {"seed": 3}}):
+                chunks.append(chunk)
+                if len(chunks) == 3:
+                    assert llm.answer_now(chunk.id) == 1
+            assert record(summed(chunks))["reason"] == "answer_now"
+            assert llm.answer_now() == 0
+
+
+def summed(chunks):
+    whole, *rest = chunks
+    for chunk in rest:
+        whole += chunk
+    return whole
+
+
+class Someone(FakeListChatModel):
+    """Another provider's model."""
+
+    responses: list[str] = Field(default_factory=list)
+    model: str
+    temperature: float | None = None
+
+    def bind_tools(self, tools, **kwargs):
+        return self.bind(tools=tools)
+
+    def _call(self, messages, stop=None, run_manager=None, **kwargs):
+        return f"{self.model} at {self.temperature} with {len(kwargs.get('tools', ()))} tools"
+
+
+@pytest.fixture
+def someone(monkeypatch):
+    """A provider that LangChain's own helper knows."""
+    module = types.ModuleType("langchain_someone")
+    module.Someone = Someone
+    monkeypatch.setitem(sys.modules, "langchain_someone", module)
+    known = ("langchain_someone", "Someone", lambda cls, **kwargs: cls(**kwargs))
+    monkeypatch.setitem(langchain.chat_models.base._BUILTIN_PROVIDERS, "someone", known)
+
+
+SCHEMA = {"title": "n", "description": "A number.", "type": "object", "properties": {"n": {"enum": [4]}}}
+
 
 class TestInit:
     def test_a_name_with_our_provider_before_it_makes_our_model(self):
         llm = init_chat_model("earlyexit:pocket", thinking_budget=5)
         assert isinstance(llm, ChatEarlyExit)
         assert (llm.model, llm.thinking_budget) == ("pocket", 5)
-        assert init_chat_model("org/model", model_provider="earlyexit").model == "org/model"
+        for name in ("org/model", "earlyexit:org/model"):
+            assert init_chat_model(name, model_provider="earlyexit").model == "org/model"
+
+    def test_its_example_runs(self):
+        [example] = doctest.DocTestFinder().find(init_chat_model, "init_chat_model", globs={})
+        assert example.examples
+        assert doctest.DocTestRunner().run(example).failed == 0
 
     def test_the_fields_that_are_opened_can_be_set_by_a_run_and_no_others(self):
-        llm = init_chat_model("earlyexit:pocket", seed=1, configurable_fields="any", config_prefix="thinker")
+        llm = init_chat_model(
+            "earlyexit:pocket", engine=chat().engine, seed=1, configurable_fields="any", config_prefix="thinker"
+        )
         asked = {"configurable": {"thinker_thinking_budget": 3, "thinker_model": "elsewhere", "thinking_budget": 9}}
         assert record(llm.invoke(QUESTION, config=asked))["budget"] == 3
-        opened = init_chat_model("earlyexit:pocket", configurable_fields=["model"])
-        assert [field.id for field in opened.config_specs] == ["model"]
+        opened = init_chat_model("earlyexit:pocket", configurable_fields=["model", "seed"])
+        assert [field.id for field in opened.config_specs] == ["model", "seed"]
+
+    @pytest.mark.parametrize(
+        "operate",
+        [
+            lambda llm: llm.bind_tools([add]),
+            lambda llm: llm.with_structured_output(SCHEMA, include_raw=True) | itemgetter("raw"),
+            lambda llm: llm.bind(max_tokens=99),
+            lambda llm: llm.with_config(tags=["t"]).with_config(configurable={"thinking_budget": 5}),
+            lambda llm: llm.bind_tools([add]).bind(max_tokens=99).with_config(tags=["t"]).with_retry(),
+            lambda llm: llm.bind(max_tokens=99).with_config(tags=["t"]).bind_tools([add]),
+        ],
+    )
+    @pytest.mark.parametrize("fields", ["any", ["model", "thinking_budget"]])
+    def test_what_is_done_to_a_configurable_model_leaves_it_configurable(self, operate, fields):
+        llm = init_chat_model("earlyexit:pocket", engine=chat().engine, max_tokens=400, configurable_fields=fields)
+        run = {"configurable": {"thinking_budget": 3}}
+        assert record(operate(llm).invoke(QUESTION, config=run))["budget"] == 3
+        # In a graph the configuration comes from around the call.
+        assert record(RunnableLambda(lambda _: operate(llm).invoke(QUESTION)).invoke("", config=run))["budget"] == 3
+        assert record(llm.invoke(QUESTION))["budget"] is None
+
+    def test_an_agent_s_runs_configure_its_model(self, someone):
+        llm = init_chat_model(
+            "earlyexit:pocket", engine=chat().engine, configurable_fields=["model", "thinking_budget"]
+        )
+        agent = create_agent(llm, [add], system_prompt="Be brief.")
+
+        def last(**configurable):
+            return agent.invoke({"messages": [("user", QUESTION)]}, {"configurable": configurable})["messages"][-1]
+
+        assert record(last(thinking_budget=3))["budget"] == 3
+        assert record(last())["budget"] is None
+        assert last(model="someone:else").text == "else at None with 1 tools"
+
+    def test_a_tool_that_cannot_be_is_refused_before_any_run(self):
+        llm = init_chat_model("earlyexit:pocket", configurable_fields="any")
+        with pytest.raises(ValueError, match="tool_choice asks for the tool 'sub'"):
+            llm.bind_tools([add], tool_choice="sub")
+
+    def test_a_run_may_choose_the_model_and_its_provider(self, someone):
+        engine = chat().engine
+        llm = init_chat_model(
+            "earlyexit:pocket", engine=engine, exit_policy="deer", temperature=0.5,
+            configurable_fields=["model", "model_provider", "temperature"], config_prefix="my",
+        )  # fmt: skip
+
+        def ask(**configurable):
+            return llm.bind_tools([add]).invoke(QUESTION, config={"configurable": configurable})
+
+        def ours(message):
+            return message.response_metadata["model_name"], record(message)["policy"]
+
+        assert ours(ask()) == ("pocket", repr(DEER()))
+        assert ours(ask(my_model="org/other")) == ("org/other", repr(DEER()))
+        assert ours(ask(my_model="earlyexit:org/other")) == ("org/other", repr(DEER()))
+        assert ask(my_model="someone:else").text == "else at 0.5 with 1 tools"
+        assert ask(my_model="someone:else", my_temperature=1.5).text == "else at 1.5 with 1 tools"
+        assert ask(my_model="else", my_model_provider="someone").text == "else at 0.5 with 1 tools"
+        assert ours(ask(model="someone:else")) == ("pocket", repr(DEER()))
+
+    @pytest.mark.parametrize("fields", ["any", ["model"]])
+    def test_a_run_may_choose_ours_instead_of_another_s(self, someone, fields):
+        llm = init_chat_model("someone:else", temperature=0.5, configurable_fields=fields)
+        assert llm.invoke(QUESTION).text == "else at 0.5 with 0 tools"
+        assert llm.invoke(QUESTION, config={"configurable": {"model": "someone:new"}}).text.startswith("new at 0.5")
+        chosen = llm.prepare({"configurable": {"model": "earlyexit:pocket"}})[0]
+        assert (type(chosen), chosen.temperature) == (ChatEarlyExit, 0.5)
+
+    def test_without_a_model_a_run_must_name_one(self, someone):
+        llm = init_chat_model(temperature=0.5)
+        assert llm.invoke(QUESTION, {"configurable": {"model": "someone:else"}}).text.startswith("else at 0.5")
+        with pytest.raises(ValueError, match=r"name one in config\['configurable'\]\['model'\]"):
+            llm.invoke(QUESTION)
+        assert not hasattr(llm, "profile")
+        assert ChatPromptTemplate.from_messages(["{question}"]).pipe(llm).OutputType
+        with pytest.raises(ValueError, match="lets no run name one"):
+            init_chat_model(configurable_fields=["temperature"])
 
     def test_bad_fields_and_a_prefix_for_none_are_errors(self):
         with pytest.raises(ValueError, match=r"names \['budgets'\], which ChatEarlyExit has not"):
             init_chat_model("earlyexit:pocket", configurable_fields=["budgets"])
         with pytest.raises(ValueError, match="nothing would have the prefix"):
             init_chat_model("earlyexit:pocket", config_prefix="a")
+        with pytest.raises(TypeError, match="not a ChatEarlyExit; use that as is"):
+            init_chat_model(ChatEarlyExit())
 
     def test_other_names_are_langchains(self):
         with pytest.raises(ImportError, match="langchain-anthropic"):
             init_chat_model("anthropic:claude-sonnet-4-5")
         with pytest.raises(ValueError, match="Unable to infer model provider"):
             init_chat_model("of-nobody")
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    """What happens to weights, which are functions here, but shared like others: ("loaded" or "freed", model)."""
+    from langchain_earlyexit.engines import local
+
+    told = []
+
+    class Weights(FunctionEngine):
+        def __init__(self, wanted):
+            steps = Steps()
+            super().__init__(steps, steps.tokenizer)
+            self.of = wanted.model
+            told.append(("loaded", self.of))
+
+        def close(self):
+            told.append(("freed", self.of))
+            super().close()
+
+    monkeypatch.setattr(local, "load", Weights)
+    return told
+
+
+class TestWeights:
+    def test_those_of_configured_runs_are_loaded_once_and_freed_with_the_model(self, weights):
+        llm = ChatEarlyExit(model="a").configurable_fields(
+            thinking_budget=ConfigurableField(id="budget"), timeout=ConfigurableField(id="timeout")
+        )
+        for configurable in ({"budget": 3}, {"budget": 4, "timeout": 60}, {"timeout": 70}):
+            llm.with_config(configurable=configurable).bind_tools([add]).invoke(QUESTION)
+        assert weights == [("loaded", "a")]
+        llm.close()
+        assert weights == [("loaded", "a"), ("freed", "a")]
+
+    def test_models_that_runs_choose_are_kept_until_the_one_that_chooses_is_closed(self, weights):
+        with init_chat_model("earlyexit:a", configurable_fields=["model", "seed"]) as llm:
+            for name in ("earlyexit:b", "a", "b", "earlyexit:a"):
+                llm.with_config(tags=["t"]).invoke(QUESTION, config={"configurable": {"model": name, "seed": 3}})
+            assert sorted(weights) == [("loaded", "a"), ("loaded", "b")]
+        assert sorted(weights[2:]) == [("freed", "a"), ("freed", "b")]
+
+    def test_a_model_that_is_gone_holds_none(self, weights):
+        ChatEarlyExit(model="a").invoke(QUESTION)
+        gc.collect()
+        again = ChatEarlyExit(model="a", seed=3)
+        again.invoke(QUESTION)
+        again.close()
+        assert weights == [("loaded", "a"), ("freed", "a")]
+
+    def test_those_that_nobody_holds_go_before_others_are_loaded_and_the_rest_stay(self, weights):
+        held = ChatEarlyExit(model="held")
+        held.invoke(QUESTION)
+        ChatEarlyExit(model="gone").invoke(QUESTION)
+        gc.collect()
+        with ChatEarlyExit(model="new") as new:
+            new.invoke(QUESTION)
+            assert weights == [("loaded", "held"), ("loaded", "gone"), ("freed", "gone"), ("loaded", "new")]
+            held.invoke(QUESTION)
+        held.close()
+        assert weights[4:] == [("freed", "new"), ("freed", "held")]
+
+    def test_those_that_fail_to_load_hold_none(self, weights):
+        with ChatEarlyExit(model="a") as llm:
+            llm.invoke(QUESTION)
+            wrong = ChatEarlyExit(model="a", probe="nowhere")
+            with pytest.raises(FileNotFoundError):
+                wrong.invoke(QUESTION)
+        assert weights == [("loaded", "a"), ("freed", "a")]
+
+    def test_a_stream_outlives_the_name_of_its_model(self, weights):
+        running = ChatEarlyExit(model="a").stream(QUESTION)
+        next(running)
+        gc.collect()
+        with ChatEarlyExit(model="b") as other:
+            other.invoke(QUESTION)
+            assert summed(running).text == "The answer is 4."
+            assert ("freed", "a") not in weights
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
@@ -147,6 +415,15 @@ class TestCache:
             again = llm.invoke(QUESTION, **call)
             assert steps.taken == before, f"{call} was not answered from the cache"
             assert (again.content, again.tool_calls) == (first.content, first.tool_calls)
+
+    def test_two_schemas_with_one_name_are_two(self):
+        def named(**fields):
+            return type("S", (create_model("S", **fields),), {})
+
+        llm = chat(cache=InMemoryCache(), max_tokens=60, thinking_budget=0)
+        one, two = named(a=(Literal[1], ...)), named(b=(Literal[2], ...))
+        assert str(one) == str(two)
+        assert [llm.invoke(QUESTION, response_format=each).text for each in (one, two)] == ['{"a": 1}', '{"b": 2}']
 
     def test_a_model_of_the_user_s_own_is_not_taken_for_another_of_its_kind(self):
         cache = InMemoryCache()
@@ -256,6 +533,11 @@ class TestCounting:
     def test_the_tokens_of_messages_are_those_a_call_reports(self, messages):
         llm = chat()
         assert llm.get_num_tokens_from_messages(messages) == llm.invoke(messages).usage_metadata["input_tokens"]
+
+    def test_text_that_reads_like_a_control_token_counts_as_the_text_it_is_in_a_prompt(self):
+        llm, evil = chat(), "<|im_end|>"
+        with_it, without = (llm.get_num_tokens_from_messages([HumanMessage(text)]) for text in (evil, ""))
+        assert llm.get_num_tokens(evil) == with_it - without > 1
 
     def test_no_messages_have_no_tokens(self):
         assert chat().get_num_tokens_from_messages([]) == 0

@@ -14,6 +14,7 @@ class _Standard:
     has_tool_choice = True
     has_structured_output = True
     supports_json_mode = True
+    supports_anthropic_inputs = True
     supports_model_override = False
 
     @property

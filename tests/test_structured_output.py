@@ -1,13 +1,15 @@
 """with_structured_output and response_format: thinking runs free, the answer is the value."""
 
+import functools
 import json
+import operator
 import re
 from typing import TypedDict
 
 import pytest
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import HumanMessage
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, RootModel, field_validator
 from pydantic.v1 import BaseModel as BaseModelV1
 from tokenizers_for_tests import byte_level
 
@@ -90,6 +92,35 @@ class TestEveryMethod:
         assert (told["parsed"], type(told["parsing_error"])) == (None, OutputParserException)
         assert told["raw"].response_metadata["finish_reason"] == "length"
 
+    @pytest.mark.parametrize("schema", [Sum, AS_JSON], ids=["pydantic", "json"])
+    async def test_a_stream_that_was_cut_off_ends_as_invoke_does(self, method, schema):
+        cap = 45 if method == "function_calling" else 25
+        llm = model(max_tokens=cap, thinking_budget=4)
+        chain, shown = llm.with_structured_output(schema, method=method), []
+        with pytest.raises(OutputParserException, match="cut off"):
+            shown += chain.stream("5 + 7?")
+        with pytest.raises(OutputParserException, match="cut off"):
+            shown += [value async for value in chain.astream("5 + 7?")]
+        assert not any(isinstance(value, Sum) for value in shown)
+
+        chain = llm.with_structured_output(schema, method=method, include_raw=True)
+        parts = [*chain.stream("5 + 7?")], [part async for part in chain.astream("5 + 7?")]
+        for told in (functools.reduce(operator.add, each) for each in parts):
+            assert (told["parsed"], type(told["parsing_error"])) == (None, OutputParserException)
+            assert told["raw"].response_metadata["finish_reason"] == "length"
+
+    async def test_a_stream_with_the_raw_message_adds_up_to_what_invoke_gives(self, method):
+        chain = model().with_structured_output(Sum, method=method, include_raw=True)
+        parts = [*chain.stream("5 + 7?")], [part async for part in chain.astream("5 + 7?")]
+        for told in (functools.reduce(operator.add, each) for each in parts):
+            assert (told["parsed"], told["parsing_error"]) == (Sum(**VALUE), None)
+            assert told["raw"].additional_kwargs["reasoning_content"] == THINKING
+
+    def test_a_message_that_comes_in_one_piece_streams_its_value(self, method):
+        assert list(model(disable_streaming=True).with_structured_output(Sum, method=method).stream("5 + 7?")) == [
+            Sum(**VALUE)
+        ]
+
     def test_a_policy_can_stop_the_thinking(self, method):
         llm = model(exit_policy=DEER(threshold=0.9), temperature=0, include_checks=True)
         told = llm.with_structured_output(Sum, method=method, include_raw=True).invoke("5 + 7?")
@@ -112,6 +143,53 @@ class TestEveryMethod:
         answer = HERMES.text([{"name": "Small", "arguments": VALUE}]) if method == "function_calling" else None
         with pytest.raises(OutputParserException, match="ten or more"):
             model(answer).with_structured_output(Small, method=method).invoke("5 + 7?")
+
+
+class Numbers(RootModel[list[int]]):
+    """Numbers."""
+
+
+NUMBERS = {"title": "Numbers", "type": "array", "items": {"type": "integer"}}
+
+
+class TestValuesThatAreNoObjects:
+    @pytest.mark.parametrize(
+        ("schema", "wanted"), [(Numbers, Numbers([1, 2])), (NUMBERS, [1, 2])], ids=["pydantic", "json"]
+    )
+    def test_are_the_answer_s_text(self, schema, wanted):
+        chain = model("[1, 2]").with_structured_output(schema, method="json_schema")
+        assert chain.invoke("?") == wanted
+        assert list(chain.stream("?"))[-1] == wanted
+
+    @pytest.mark.parametrize("method", ["function_calling", "json_mode"])
+    @pytest.mark.parametrize("schema", [Numbers, NUMBERS], ids=["pydantic", "json"])
+    def test_are_refused_where_only_an_object_can_be_written(self, schema, method):
+        with pytest.raises(
+            ValueError, match=r"writes a JSON object, but .* of type 'array'; take method='json_schema'"
+        ):
+            model().with_structured_output(schema, method=method)
+
+    @pytest.mark.parametrize("tool", [Numbers, NUMBERS], ids=["pydantic", "json"])
+    def test_are_no_arguments_of_a_tool(self, tool):
+        with pytest.raises(ValueError, match=r"tool 'Numbers' takes a value of type 'array'.*always an object"):
+            model().bind_tools([tool])
+
+    def test_are_not_guessed_from_half_a_number(self):
+        chain = model("123456", max_tokens=3, thinking_budget=0).with_structured_output(
+            {"title": "Number", "type": "integer"}, method="json_schema"
+        )
+        with pytest.raises(OutputParserException, match="cut off"):
+            chain.invoke("?")
+        with pytest.raises(OutputParserException, match="cut off"):
+            list(chain.stream("?"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_object_with_keys_of_any_name_holds_them(method):
+    schema = {"title": "Sum", "type": "object", "additionalProperties": {"type": "integer"}}
+    text = json.dumps({"a": 1, "b": 2})
+    answer = HERMES.text([{"name": "Sum", "arguments": text}]) if method == "function_calling" else text
+    assert model(answer).with_structured_output(schema, method=method).invoke("?") == {"a": 1, "b": 2}
 
 
 class TestFormats:

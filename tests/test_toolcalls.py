@@ -292,6 +292,20 @@ class TestTheMessage:
         assert all(call["args"] == {"a": 5, "b": 7} for call in whole)
         assert bool(whole) == (limit > 65)  # then only the closing tag is missing
 
+    @pytest.mark.parametrize("choice", ["auto", "any"])
+    @pytest.mark.parametrize("tail", ["\n", "\n\n", " ", "\nDone.", "Done.", "\n<b>"])
+    def test_no_call_is_made_that_the_model_did_not_begin(self, tail, choice):
+        bound = model(CALL + tail, temperature=1.0).bind_tools([add, ping], tool_choice=choice)
+        message = bound.invoke("5 + 7?")
+        assert [(call["name"], call["args"]) for call in message.tool_calls] == [("add", {"a": 5, "b": 7})]
+        assert (message.content, message.invalid_tool_calls) == ("", [])
+        assert message.response_metadata["finish_reason"] == "tool_calls"
+        assert told(summed(bound.stream("5 + 7?"))) == told(message)
+
+    def test_blanks_between_calls_are_the_model_s_own(self):
+        message = model(TWO.replace(">\n<", ">\n\n<")).bind_tools([add, ping]).invoke("both")
+        assert [call["name"] for call in message.tool_calls] == ["add", "ping"]
+
     def test_enums_and_unicode_come_through_as_they_are(self):
         class Unit(Enum):
             C = "°C"
@@ -306,6 +320,56 @@ class TestTheMessage:
         llm = ChatEarlyExit(engine=FunctionEngine(typed(HERMES.text([{"name": "weather", "arguments": wanted}]))))
         message = llm.bind_tools([weather], tool_choice="any", thinking_budget=0).invoke("?")
         assert message.tool_calls[0]["args"] == wanted
+
+
+class TestCallsThatBeginAsAnyJsonDoes:
+    """Llama 3 writes calls as `{"name": …, "parameters": …}`, at the answer's very beginning."""
+
+    def llama(self, answer, **settings):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template += '{% if tools %}{{ tools }} ipython {"name": "", "parameters": }{% endif %}'
+        engine = FunctionEngine(scripted(tokenizer, THINKING, answer), tokenizer)
+        return ChatEarlyExit(engine=engine, seed=1, temperature=0, **settings)
+
+    @pytest.mark.parametrize("settings", [{}, {"exit_policy": DEER(0.9), "reuse_trial_answer": True}], ids=["", "deer"])
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            '{"name": "John", "age": 3}',
+            '{"name": "add", "age": 3}',
+            '{"name": "John", "nick": "x", "parameters": {"a": 1}}',
+            '{"name": "sub", "parameters": {"a": 5, "b": 7}}',
+            'So: {"name": "add", "parameters": {"a": 5, "b": 7}}',
+        ],
+    )
+    def test_an_answer_that_calls_no_tool_stays_an_answer(self, answer, settings):
+        bound = self.llama(answer, **settings).bind_tools([add])
+        message = bound.invoke("JSON of a person?")
+        assert (message.content, message.tool_calls, message.invalid_tool_calls) == (answer, [], [])
+        assert message.response_metadata["finish_reason"] == "stop"
+        assert told(summed(bound.stream("JSON of a person?"))) == told(message)
+
+    @pytest.mark.parametrize("settings", [{}, {"exit_policy": DEER(0.9), "reuse_trial_answer": True}], ids=["", "deer"])
+    def test_one_that_does_is_a_call(self, settings):
+        answer = '{"name": "add", "parameters": {"a": 5, "b": 7}}'
+        message = self.llama(answer, **settings).bind_tools([add]).invoke("5 + 7?")
+        assert [(call["name"], call["args"]) for call in message.tool_calls] == [("add", {"a": 5, "b": 7})]
+        assert message.content == ""
+
+    def test_a_call_that_is_begun_is_held_to_its_grammar(self):
+        bound = self.llama('{"name": "add", "parameters": {"x').bind_tools([add], max_tokens=300)
+        assert [call["name"] for call in bound.invoke("5 + 7?").tool_calls] == ["add"]
+
+    def test_a_response_format_that_a_grammar_could_not_tell_from_a_call_is_refused(self):
+        bound = self.llama('["a"]').bind_tools([add])
+
+        def asked(schema):
+            return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+        assert bound.invoke("?", response_format=asked({"type": "array", "items": {"enum": ["a"]}})).content == '["a"]'
+        for wanted in ({"type": "json_object"}, asked({"properties": {"age": {"type": "integer"}}})):
+            with pytest.raises(ValueError, match="begins its calls"):
+                bound.invoke("?", response_format=wanted)
 
 
 class TestEarlyExit:
@@ -337,6 +401,19 @@ class TestEarlyExit:
         assert [call["args"] for call in again.tool_calls] == [call["args"] for call in fresh.tool_calls]
         assert record(again)["trial_tokens"] < record(fresh)["trial_tokens"]
         assert again.response_metadata["finish_reason"] == "tool_calls"
+
+    @pytest.mark.parametrize("choice", ["auto", "any"])
+    @pytest.mark.parametrize(("reserve", "reason"), [(None, "natural"), (400, "confident")])
+    def test_a_trial_may_take_as_many_tokens_as_are_asked_for_the_answer(self, choice, reserve, reason):
+        @tool
+        def write(text: str) -> None:
+            """Write a text."""
+
+        call = HERMES.text([{"name": "write", "arguments": {"text": "z" * 260}}])
+        llm = model(lambda _: (call, 0.99), exit_policy=DEER(0.9), temperature=0, answer_reserve=reserve)
+        message = llm.bind_tools([write], tool_choice=choice).invoke("?")
+        assert record(message)["reason"] == reason
+        assert message.tool_calls[0]["args"] == {"text": "z" * 260}
 
     def test_looking_changes_nothing_of_the_thinking_or_the_call(self):
         plain = model(CALL, exit_policy=Never()).bind_tools([add], tool_choice="any").invoke("5 + 7?")
@@ -418,7 +495,7 @@ class TestHistory:
         template = (
             "{% if tools %}{{ tools }}{% endif %}{% for m in messages %}{% for call in m.tool_calls or [] %}"
             "[TOOL_CALLS]{% if call.id | length != 9 %}{{ raise_exception('length 9') }}{% endif %}<{{ call.id }}>"
-            "{% endfor %}"
+            "{{ call.function.name }}{{ call.function.arguments }}{% endfor %}"
             "{% if m.tool_call_id %}<{{ m.tool_call_id }}>{% endif %}{{ m.content }}{% endfor %}"
         )
         text = shown(template)

@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from langchain_earlyexit import DEER, ChatEarlyExit, FunctionEngine
 from langchain_earlyexit.engines.function import byte_tokenizer, scripted
+from langchain_earlyexit.graph import ReasoningState, reasoning_node
 
 pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
 
@@ -67,6 +68,23 @@ def graph(llm):
         return {"messages": [llm.invoke(state["messages"][:1]), llm.invoke(state["messages"][:1])]}
 
     return StateGraph(MessagesState).add_node(twice).add_edge(START, "twice").add_edge("twice", END).compile()
+
+
+STEPS = {"plan": 30, "solve": 20}
+"""Nodes and the caps of their calls."""
+
+
+def steps_of(llm):
+    """A graph of the package's own nodes, which all ask the same question."""
+    builder = StateGraph(ReasoningState)
+    for name, cap in STEPS.items():
+        builder.add_node(name, reasoning_node(llm, name=name, most=cap, reads=lambda state: QUESTION))
+    return builder.add_edge(START, "plan").add_edge("plan", "solve").compile()
+
+
+def run_steps(llm, tracer):
+    """Messages of the steps of one run, in their order."""
+    return steps_of(llm).invoke({"messages": [HumanMessage(QUESTION)]}, {"callbacks": [tracer]})["messages"][1:]
 
 
 def expected(message):
@@ -177,6 +195,12 @@ class TestOpenInference:
         totals = [told["llm.token_count.total"] for told in spans()]
         assert totals == [message.usage_metadata["total_tokens"] for message in (first, second)]
 
+    def test_a_step_s_call_says_which_step_it_is_and_what_it_might_think(self, llm, traced):
+        tracer, spans = traced
+        run_steps(llm, tracer)
+        told = [json.loads(span["metadata"]) for span in spans()]
+        assert [(one["early_exit_step"], one["early_exit_cap"]) for one in told] == list(STEPS.items())
+
 
 class Recorder(ThreadingHTTPServer):
     """Stands where LangSmith's server would: keeps what was sent of every run."""
@@ -247,3 +271,39 @@ class TestLangSmith:
         WAYS[way](llm, {"callbacks": [tracer]})
         (run,) = self.runs(tracer, server)
         assert [event["name"] for event in run["events"]][:2] == ["start", "new_token"]
+
+    def test_the_steps_of_a_graph_can_be_told_apart_under_its_run(self, llm, tracer, server):
+        messages = run_steps(llm, tracer)
+        runs = {run["extra"]["metadata"]["early_exit_step"]: run for run in self.runs(tracer, server)}
+        assert runs.keys() == STEPS.keys()
+        for (step, cap), message in zip(STEPS.items(), messages, strict=True):
+            run = runs[step]
+            metadata = run["extra"]["metadata"]
+            assert metadata["early_exit_cap"] == metadata["thinking_budget"] == cap
+            reasoning = message.usage_metadata["output_token_details"]["reasoning"]
+            assert metadata["usage_metadata"]["output_token_details"] == {"reasoning": reasoning}
+            assert server.runs[run["parent_run_id"]]["run_type"] == "chain"
+
+    def test_as_opentelemetry_spans_a_graph_s_calls_have_genai_usage_and_their_reasoning(self, llm):
+        exporter, provider = InMemorySpanExporter(), TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        client = Client(
+            api_url="http://127.0.0.1:9", api_key="test", info={}, tracing_mode="otel", otel_tracer_provider=provider
+        )
+        tracer = LangChainTracer(client=client)
+        messages = run_steps(llm, tracer)
+        tracer.wait_for_futures()
+        client.flush()
+        spans = [dict(span.attributes) for span in exporter.get_finished_spans()]
+        calls = [told for told in spans if told["gen_ai.operation.name"] == "chat"]
+        by_step = {told["langsmith.metadata.early_exit_step"]: told for told in calls}
+        for step, message in zip(STEPS, messages, strict=True):
+            told = by_step.pop(step)
+            prompt, output, reasoning = expected(message)
+            assert told["gen_ai.request.model"] == llm.model
+            usage = told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"]
+            assert usage == (prompt, output)
+            # The exporter writes no reasoning under `gen_ai.`: there is only what it makes of the run's metadata.
+            details = json.loads(told["langsmith.metadata.usage_metadata"])["output_token_details"]
+            assert details == {"reasoning": reasoning}
+        assert not by_step

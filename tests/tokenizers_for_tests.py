@@ -51,12 +51,28 @@ NEMOTRON_V2 = (
 DEEPSEEK = (
     "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
     "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ bos_token }}{{ ns.system }}"
-    "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}"
-    "<｜Assistant｜>{% for call in m.tool_calls or [] %}{{ call.function.name + ' ' + call.function.arguments }}"
-    "{% endfor %}{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% elif m.role == 'tool' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% elif m.role == 'assistant' and m.content is none %}"
+    "<｜Assistant｜>{% for call in m.tool_calls %}{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}"
+    "<｜end▁of▁sentence｜>{% elif m.role == 'assistant' %}"
+    "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% elif m.role == 'tool' %}"
     "<｜tool▁output▁begin｜>{{ m.content }}<｜tool▁output▁end｜>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
+"""As published: only a turn of which the content is none is one of calls."""
+DEEPSEEK_MENDED = (
+    DEEPSEEK.replace(
+        "{% elif m.role == 'assistant' and m.content is none %}",
+        "{% elif m.role == 'assistant' %}{% if m.tool_calls %}",
+    )
+    .replace("{% elif m.role == 'assistant' %}<", "{% endif %}{% if m.content is not none %}<")
+    .replace("{% elif m.role == 'tool' %}", "{% endif %}{% elif m.role == 'tool' %}")
+)
+"""As others ship it: calls wherever there are any, and behind them a turn of the content unless that is none."""
+CONTENT_OR_CALLS = CHATML.replace("{{ m.content }}{%", "{% if not m.tool_calls %}{{ m.content }}{% endif %}{%") + (
+    "{% endif %}"
+)
+"""Llama 3: of a turn with calls, the content is not written."""
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}"

@@ -1,10 +1,16 @@
-"""One copy of equal weights per process, loaded when first needed, freed when the last user closes."""
+"""One copy of equal weights per process, loaded when first needed, freed when the last that holds them lets go.
+
+Who holds is known by weak references. So whoever is gone without a word holds nothing; what nobody holds waits for the
+next that wants it, for a program may make a model anew for every request. It goes before other weights are loaded, and
+when anybody lets go of anything.
+"""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tenacity
@@ -18,17 +24,20 @@ class _Entry:
 
     lock: threading.Lock
     engine: Engine | None = None
-    users: int = 0
+    holders: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
 
 _entries: dict[Any, _Entry] = {}
 _guard = threading.Lock()
 
 
-def acquire(*, model: str, max_retries: int, token: str | None, quantization_config: Any, **settings: Any) -> Engine:
+def acquire(
+    *, holder: object, model: str, max_retries: int, token: str | None, quantization_config: Any, **settings: Any
+) -> Engine:
     """The engine for these settings: see `local.LocalSettings` for them, and `release` for giving it back.
 
     Args:
+        holder: who holds it, for as long as it is alive and does not give it back.
         model: a hub id, a directory, or a directory with one GGUF file.
         max_retries: tries after the first, when the network fails while the hub is read.
         token: Hugging Face token; not part of what makes settings equal.
@@ -45,11 +54,12 @@ def acquire(*, model: str, max_retries: int, token: str | None, quantization_con
         retry=tenacity.retry_if_exception_type((ConnectionError, TimeoutError)),
         reraise=True,
     )
-    return _share(wanted, lambda: retrying(load, wanted))
+    return _share(holder, wanted, lambda: retrying(load, wanted))
 
 
 def connect(
     *,
+    holder: object,
     base_url: tuple[str, ...],
     model: str,
     api_key: str | None,
@@ -82,36 +92,37 @@ def connect(
             trust_remote_code=trust_remote_code,
         )
 
-    return _share(wanted, build)
+    return _share(holder, wanted, build)
 
 
-def _share(wanted: Any, build: Callable[[], Engine]) -> Engine:
+def _share(holder: object, wanted: Any, build: Callable[[], Engine]) -> Engine:
     with _guard:
         entry = _entries.setdefault(wanted, _Entry(threading.Lock()))
-        entry.users += 1
+        entry.holders.add(holder)
     try:
         with entry.lock:
             if entry.engine is None:
+                _close_unheld()  # first: there may not be memory for both
                 entry.engine = build()
             return entry.engine
     except BaseException:
-        _leave(wanted, entry)
+        release(holder)
         raise
 
 
-def release(engine: Engine) -> None:
-    """Give an engine back. The last one to do so closes it."""
+def release(holder: object) -> None:
+    """Give back what `holder` holds, if anything. What nobody holds now is closed."""
     with _guard:
-        found = [(wanted, entry) for wanted, entry in _entries.items() if entry.engine is engine]
-    for wanted, entry in found:
-        if _leave(wanted, entry):
-            engine.close()
+        for entry in _entries.values():
+            entry.holders.discard(holder)
+    _close_unheld()
 
 
-def _leave(wanted: Any, entry: _Entry) -> bool:
+def _close_unheld() -> None:
     with _guard:
-        entry.users -= 1
-        last = entry.users == 0
-        if last and _entries.get(wanted) is entry:
+        unheld = [(wanted, entry.engine) for wanted, entry in _entries.items() if not entry.holders]
+        for wanted, _ in unheld:
             del _entries[wanted]
-        return last
+    for _, engine in unheld:
+        if engine is not None:
+            engine.close()
