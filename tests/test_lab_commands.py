@@ -1,14 +1,17 @@
-"""The lab's commands, from traces on disk to a certified artifact and a report. No model runs here."""
+"""The lab's commands, from traces on disk to a certified artifact and a report. Only a made-up model runs here."""
 
 import json
 
 import numpy as np
 import pytest
+from remote_for_tests import FakeServer
 from traces_for_tests import BINDS
+from transformers import AutoTokenizer
 
 from langchain_earlyexit.cli import main
 from langchain_earlyexit.guarantee import Calibration
 from langchain_earlyexit.lab.commands import policy
+from langchain_earlyexit.pocket import weights_dir
 from langchain_earlyexit.policies import DEER, CoDEStop, FirstOf, Never, ThinkBrake
 from langchain_earlyexit.trace import Check, Trace
 
@@ -49,6 +52,46 @@ def collected(path, n, seed):
             file.write(trace.to_json() + "\n")
     path.with_suffix(".meta.json").write_text(json.dumps(META))
     return str(path)
+
+
+@pytest.fixture
+def servers():
+    """Two servers of the bundled model's tokenizer, whose model drawls: it thinks for as long as it may."""
+    tokenizer = AutoTokenizer.from_pretrained(weights_dir())
+    end = tokenizer.convert_tokens_to_ids("</think>")
+
+    def next_logits(ids):
+        logits = np.random.default_rng([len(ids), *ids[-4:]]).normal(0, 2, len(tokenizer))
+        logits[[end, int(tokenizer.eos_token_id)]] = -50.0
+        return logits
+
+    made = [FakeServer(next_logits, tokenizer=tokenizer, name="pocket", context=2048) for _ in range(2)]
+    yield made
+    for server in made:
+        server.close()
+
+
+def test_questions_are_collected_and_answered_on_a_fleet(servers, tmp_path, capsys):
+    asked = [
+        "--base-url",
+        *(server.url for server in servers),
+        "--data",
+        "pocket",
+        "--split",
+        "dev",
+        "--questions",
+        "6",
+    ]
+    asked += ["--at-once", "4", "--budget", "30", "--temperature", "0"]
+    main(["collect", *asked, "--kinds", "interval", "--out", str(tmp_path / "traces.jsonl")])
+    assert "6 questions done" in capsys.readouterr().out
+    main(["answer", *asked, "--out", str(tmp_path / "full.jsonl")])
+    assert "6 questions" in capsys.readouterr().out
+    whole = [json.loads(line) for line in (tmp_path / "traces.jsonl").read_text().splitlines()]
+    live = [json.loads(line) for line in (tmp_path / "full.jsonl").read_text().splitlines()]
+    assert {t["question_id"]: t["answer"] for t in whole} == {o["question_id"]: o["answer"] for o in live}
+    assert all(server.generated for server in servers)
+    assert all(server.most_active <= 8 for server in servers)  # four questions, each with a trial beside it
 
 
 def test_help_teaches_the_whole_way(capsys):

@@ -6,10 +6,13 @@ import argparse
 import ast
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from langchain_earlyexit.policies import Policy, policy_from_name
 from langchain_earlyexit.policy_json import policy_from_dict
+
+if TYPE_CHECKING:
+    from langchain_earlyexit.chat_models import ChatEarlyExit
 
 PIPELINE: Final = """\
 From your own questions to a promise and a report:
@@ -81,11 +84,32 @@ def _fields(node: ast.expr) -> dict[str, Any]:
 def _asking_arguments(parser: argparse.ArgumentParser) -> None:
     """Of what is asked of a model, and kept in a file that grows."""
     parser.add_argument("--model", default="pocket", help="pocket, a hub id, a directory, or one with a .gguf file")
+    parser.add_argument(
+        "--base-url",
+        nargs="+",
+        default=None,
+        metavar="URL",
+        help="the server, or servers, of --model: see engine='vllm'",
+    )
+    parser.add_argument("--at-once", type=positive, default=64, help="questions in flight (default: %(default)s)")
     parser.add_argument("--data", default="pocket", help="pocket, a data set's name, or a .jsonl file of questions")
     parser.add_argument("--split", default=None, help="of the data set; its usual one when not given")
     parser.add_argument("--questions", type=positive, default=None, help="how many; all when not given")
     parser.add_argument("--temperature", type=float, default=None, help="the model's advised one when not given")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file; an interrupted run goes on in it")
+
+
+def _asked_model(given: argparse.Namespace, **settings: Any) -> ChatEarlyExit:
+    """The model of `_asking_arguments`, here or on servers."""
+    from langchain_earlyexit.chat_models import ChatEarlyExit
+
+    where: dict[str, Any] = {} if given.base_url is None else {"engine": "vllm", "base_url": given.base_url}
+    return ChatEarlyExit(model=given.model, probe=given.probe, **where, **settings)
+
+
+def _depths(given: argparse.Namespace) -> list[float] | None:
+    """Layers whose states are kept; none where a server answers, for it tells none."""
+    return [] if given.depths is None and given.base_url is not None else given.depths
 
 
 def _collect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +130,6 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _collect(given: argparse.Namespace) -> None:
-    from langchain_earlyexit.chat_models import ChatEarlyExit
     from langchain_earlyexit.lab.collect import collect
     from langchain_earlyexit.lab.datasets import load
 
@@ -115,13 +138,14 @@ def _collect(given: argparse.Namespace) -> None:
         return
     questions = load(given.data, given.split, given.questions, given.seed)
     asked = {"thinking_budget": given.budget, "temperature": given.temperature}
-    with ChatEarlyExit(model=given.model, probe=given.probe) as llm:
+    with _asked_model(given) as llm:
         summary = collect(
             llm,
             questions,
             given.out,
             kinds=given.kinds,
-            depths=given.depths,
+            depths=_depths(given),
+            at_once=given.at_once,
             system=given.system,
             seed=given.seed,
             **{name: value for name, value in asked.items() if value is not None},
@@ -130,7 +154,6 @@ def _collect(given: argparse.Namespace) -> None:
 
 
 def _collect_runs(given: argparse.Namespace) -> None:
-    from langchain_earlyexit.chat_models import ChatEarlyExit
     from langchain_earlyexit.lab.agents_rules import plan_questions, plans_of
     from langchain_earlyexit.lab.collect import DEPTHS
     from langchain_earlyexit.lab.datasets import load
@@ -144,9 +167,10 @@ def _collect_runs(given: argparse.Namespace) -> None:
         questions = load(given.data, given.split, given.questions, given.seed)
     made = plans_of if given.graph == "plan_and_solve" else graph_maker(given.graph)
     asked = {"thinking_budget": given.budget, "temperature": given.temperature}
-    with ChatEarlyExit(model=given.model, probe=given.probe, **asked) as llm:
-        depths = DEPTHS if given.depths is None else given.depths
-        summary = collect_runs(llm, made, questions, given.out, depths=depths, kinds=given.kinds, seed=given.seed)
+    depths = _depths(given)
+    how: dict[str, Any] = {"depths": DEPTHS if depths is None else depths, "kinds": given.kinds, "seed": given.seed}
+    with _asked_model(given, **asked) as llm:
+        summary = collect_runs(llm, made, questions, given.out, at_once=given.at_once, **how)
     print(f"{given.out}: {summary.done} runs done, {summary.before} before, {len(summary.refused)} left out")
 
 
@@ -216,15 +240,14 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _answer(given: argparse.Namespace) -> None:
-    from langchain_earlyexit.chat_models import ChatEarlyExit
     from langchain_earlyexit.lab.datasets import load
     from langchain_earlyexit.lab.live import answer, arm_of
 
     questions = load(given.data, given.split, given.questions, given.seed)
-    with ChatEarlyExit(model=given.model, probe=given.probe) as llm:
+    with _asked_model(given) as llm:
         arm = arm_of(given.policy, given.budget, given.draft)
         asked = {} if given.temperature is None else {"temperature": given.temperature}
-        run = answer(llm, questions, arm, given.out, seed=given.seed, **asked)
+        run = answer(llm, questions, arm, given.out, seed=given.seed, at_once=given.at_once, **asked)
     spent = sum(outcome.output_tokens for outcome in run.outcomes) / len(run.outcomes)
     print(f"{run.arm}: {len(run.outcomes)} questions, {spent:.1f} output tokens each")
 
