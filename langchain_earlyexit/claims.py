@@ -169,9 +169,9 @@ class Claims:
 
     def _forget(self, claim: Claim) -> None:
         """What has spent nothing, since it failed or was answered without a model, is forgotten."""
-        for known in self._runs.values() if not claim._entries else ():
-            if claim in known:
-                known.remove(claim)
+        known = self._runs.get(claim.place.levels[0][0], []) if claim.place and not claim._entries else []
+        if claim in known:
+            known.remove(claim)
 
     def _earlier(self, place: Place | None) -> list[Claim]:
         if place is None:

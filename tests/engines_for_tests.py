@@ -26,6 +26,19 @@ def hashed(ids):
     return np.random.default_rng([len(ids), *ids[-4:]]).normal(0, 2, SIZE).astype(np.float32)
 
 
+def results(engine, *steps):
+    """The results of each of these sets of ops."""
+    got = []
+
+    def walk():
+        for ops in steps:
+            inbox = yield Step(tuple(ops))
+            got.append(inbox.results)
+
+    assert list(engine.submit(walk(), timeout=120)) == []
+    return got
+
+
 def talk(n=10**9, prompt=(5, 6, 7), sampling=SEEDED, seed=1, out=None):
     yield Step((Open(0, tuple(prompt), seed),))
     for _ in range(n):

@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from engines_for_tests import SEEDED, SIZE, hashed, settle, talk, tiny
+from engines_for_tests import SEEDED, SIZE, hashed, results, settle, talk, tiny
 
 from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer
 from langchain_earlyexit.engines.packed import PackedModel
@@ -40,19 +40,6 @@ def engine(request):
     made.passes = passes
     yield made
     made.close()
-
-
-def results(engine, *steps):
-    """The results of each of these sets of ops."""
-    got = []
-
-    def walk():
-        for ops in steps:
-            inbox = yield Step(tuple(ops))
-            got.append(inbox.results)
-
-    assert list(engine.submit(walk(), timeout=30)) == []
-    return got
 
 
 def chain(n, *, branch=0, sampling=SEEDED):

@@ -1,20 +1,16 @@
 """`langgraph dev` serves the graphs, run by `make test-slow`: in an environment of its own, as its pins differ."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sysconfig
-import time
-import urllib.request
 import venv
 from pathlib import Path
 
 import pytest
 from langgraph_sdk import get_client
+from processes_for_tests import served
 
 ROOT = Path(__file__).parents[1]
 GRAPHS = json.loads((ROOT / "langgraph.json").read_text())["graphs"]
@@ -37,37 +33,17 @@ def server(tmp_path_factory):
     )
     [packages] = (folder / "env" / "lib").glob("python*/site-packages")
     (packages / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
-    served = folder / "served"  # the server keeps files of its own beside what it serves
-    shutil.copytree(ROOT / "graphs", served / "graphs")
+    project = folder / "served"  # the server keeps files of its own beside what it serves
+    shutil.copytree(ROOT / "graphs", project / "graphs")
     for name in ("langgraph.json", "pyproject.toml"):
-        shutil.copy(ROOT / name, served)
+        shutil.copy(ROOT / name, project)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = (folder / "log").open("w")
-    started = subprocess.Popen(
-        [python.parent / "langgraph", "dev", "--no-browser", "--no-reload", "--port", str(port)],
-        cwd=served,
-        env={**os.environ, "LANGSMITH_TRACING": "false"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=5):
-                break
-            told = (folder / "log").read_text()[-3000:]
-            assert started.poll() is None, told
-            assert time.monotonic() < deadline, told
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGTERM)
-        started.wait(30)
-        log.close()
+    address = f"http://127.0.0.1:{port}"
+    command = [python.parent / "langgraph", "dev", "--no-browser", "--no-reload", "--port", str(port)]
+    with served(command, project, f"{address}/ok", 300, LANGSMITH_TRACING="false"):
+        yield address
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

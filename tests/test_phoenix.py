@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +16,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from processes_for_tests import served
 
 from langchain_earlyexit.graph import create_plan_and_solve
 
@@ -52,31 +51,10 @@ def server(tmp_path_factory):
         "PHOENIX_TELEMETRY_ENABLED": "false",
         "PHOENIX_ALLOW_EXTERNAL_RESOURCES": "false",
     }
-    log = (folder / "log").open("w")
-    started = subprocess.Popen(
-        [PHOENIX, "serve"],
-        cwd=folder,
-        env={**os.environ, **told},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
-                break
-            said = (folder / "log").read_text()[-3000:]
-            assert started.poll() is None, said
-            assert time.monotonic() < deadline, said
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{port}"
+    with served([PHOENIX, "serve"], folder, f"{address}/healthz", 600, **told):
+        yield address
         assert (folder / "phoenix.db").stat().st_size > 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGTERM)
-        started.wait(60)
-        log.close()
 
 
 @pytest.fixture

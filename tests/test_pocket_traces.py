@@ -1,5 +1,6 @@
 import random
 import re
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -123,3 +124,33 @@ def test_a_budget_cut_goes_on_with_the_true_answer(tokenizer: Tokenizer) -> None
     assert whole.endswith("</think>\n\nThe answer is \\boxed{7}.<|im_end|>")
     assert "It is 7" not in whole
     assert mask[-4:] == [True] * 4
+
+
+def test_a_run_that_is_taken_up_again_goes_on_with_the_very_weights_and_momenta(tmp_path) -> None:
+    import torch
+
+    from langchain_earlyexit.pocket import checkpoints
+    from langchain_earlyexit.pocket.train import Optimizers, Recipe, new_model
+
+    recipe = Recipe(hidden_size=16, layers=1, heads=2, head_dim=8, feed_forward=24)
+
+    def built() -> tuple[Any, Optimizers]:
+        model = new_model(recipe, 40)
+        return model, Optimizers(model, recipe)
+
+    def learn(model: Any, optimizers: Optimizers, seed: int) -> None:
+        ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(seed))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizers.step(0.5)
+
+    torch.manual_seed(0)
+    one, before = built()
+    learn(one, before, 1)
+    checkpoints.save(tmp_path / "checkpoint.safetensors", one, before.parts, {"step": 1, "tokens": 18.0})
+    other, after = built()
+    assert checkpoints.load(tmp_path / "checkpoint.safetensors", other, after.parts) == {"step": 1, "tokens": 18.0}
+    for _ in range(2):
+        learn(one, before, 2)
+        learn(other, after, 2)
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -66,12 +66,7 @@ def brief(evaluation: Evaluation, plot: str, whole: str) -> str:
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
         (
-            _named(row),
-            f"{row.accuracy:.3f}",
-            _points(row.gap),
-            f"{row.output_tokens:.1f}",
-            _percent(row.saved),
-            "" if row.over_budgets is None else _points(row.over_budgets),
+            *_first_cells(row),
             f"{row.tokens['thinking_tokens']:.1f}",
             f"{row.tokens['trial_tokens']:.1f}",
             f"{row.helped} / {row.harmed}",
@@ -145,12 +140,7 @@ def _main(evaluation: Evaluation) -> _Table:
     )  # fmt: skip
     return header, [
         (
-            _named(row),
-            f"{row.accuracy:.3f}",
-            _points(row.gap),
-            f"{row.output_tokens:.1f}",
-            _percent(row.saved),
-            "" if row.over_budgets is None else _points(row.over_budgets),
+            *_first_cells(row),
             f"{row.same:.3f}",
             f"{row.helped} / {row.harmed}",
             *("" if time is None else f"{time:.0f}" for time in (row.seconds, row.cpu_seconds)),
@@ -176,6 +166,18 @@ def _parts(rows: Sequence[Row]) -> _Table:
 
 def _accuracy(evaluation: Evaluation) -> str:
     return evaluation.about.get("accuracy is", "accuracy")
+
+
+def _first_cells(row: Row) -> tuple[str, ...]:
+    """What both tables of ways begin with: up to the distance from fixed budgets."""
+    return (
+        _named(row),
+        f"{row.accuracy:.3f}",
+        _points(row.gap),
+        f"{row.output_tokens:.1f}",
+        _percent(row.saved),
+        "" if row.over_budgets is None else _points(row.over_budgets),
+    )
 
 
 def _named(row: Row) -> str:

@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from tqdm import tqdm
 
+from langchain_earlyexit.pocket import checkpoints
 from langchain_earlyexit.pocket import tokenizer as pocket_tokenizer
 from langchain_earlyexit.pocket.curriculum import EARLY_SHARE, FAMILIES, REFRESH_AT, TOKENS, draw_lesson, early_guesser
 from langchain_earlyexit.pocket.evaluate import quick_ability_scores, quick_scores
@@ -263,13 +264,10 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
         model.load_state_dict(load_file(f"{warm_start}/model.safetensors"), strict=False)
     optimizers = Optimizers(model, recipe)
     step, tokens, seconds = 0, 0.0, 0.0
-    checkpoint = directory / "checkpoint.pt"
+    checkpoint = directory / "checkpoint.safetensors"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for part, saved in zip(optimizers.parts, state["optimizers"], strict=True):
-            part.load_state_dict(saved)
-        step, tokens, seconds = state["step"], state["tokens"], state["seconds"]
+        counts = checkpoints.load(checkpoint, model, optimizers.parts)
+        step, tokens, seconds = int(counts["step"]), counts["tokens"], counts["seconds"]
     began = time.monotonic() - seconds
     rng = random.Random(f"{recipe.seed}/{rank}/{step}")
     torch.manual_seed(recipe.seed + 1000 * step + rank)
@@ -278,17 +276,6 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
     def progress_at(elapsed: float) -> float:
         by_clock = elapsed / 60 / recipe.minutes if recipe.minutes else 0.0
         return min(1.0, max(tokens / recipe.tokens, by_clock))
-
-    def save(path: Path) -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizers": [part.state_dict() for part in optimizers.parts],
-            "step": step,
-            "tokens": tokens,
-            "seconds": time.monotonic() - began,
-        }
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
 
     def report(**facts: Any) -> None:
         if rank == 0:
@@ -334,7 +321,8 @@ def _worker(rank: int, recipe: Recipe, out: str, warm_start: str | None) -> None
         if elapsed - saved_at > 60 * recipe.checkpoint_minutes or progress >= 1.0:
             saved_at = elapsed
             if rank == 0:
-                save(checkpoint)
+                counts = {"step": step, "tokens": tokens, "seconds": time.monotonic() - began}
+                checkpoints.save(checkpoint, model, optimizers.parts, counts)
             started = time.monotonic()
             quick = quick_scores(model, tokenizer, held_out)
             quick |= quick_ability_scores(model, tokenizer, "dev", recipe.check_problems // 4, recipe.seed + rank)

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engines_for_tests import settle, talk
+from engines_for_tests import results, settle, talk
 from live_server import ENVIRONMENT, LiveServer, smollm2
 
 from langchain_earlyexit import ChatEarlyExit
 from langchain_earlyexit.controller import program
-from langchain_earlyexit.engines.program import Close, Done, Feed, Fork, Open, Rewind, Sample, Step
+from langchain_earlyexit.engines.program import Close, Done, Feed, Fork, Open, Rewind, Sample
 from langchain_earlyexit.engines.vllm import VLLMEngine
 from langchain_earlyexit.engines.wire import Patience
 from langchain_earlyexit.pocket import weights_dir
@@ -205,19 +205,6 @@ class TestItIsTheLocalEngineFurtherAway:
         told_of = sum(told(m)[name] for m in seen for name in ("thinking_tokens", "answer_tokens", "speculated_tokens"))
         # What a server draws while a connection closes nobody is told of: a few tokens per request.
         assert told_of <= drawn <= told_of + 8 * len(seen)
-
-
-def results(engine, *steps):
-    """The results of each of these sets of ops."""
-    got = []
-
-    def walk():
-        for ops in steps:
-            inbox = yield Step(tuple(ops))
-            got.append(inbox.results)
-
-    assert list(engine.submit(walk(), timeout=120)) == []
-    return got
 
 
 PROMPT = tuple(range(40, 80))
