@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-slow test-vllm bench-vllm check bench bench-agents pocket clean
+.PHONY: help demo test test-slow test-vllm bench-vllm check bench bench-agents headline pocket clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -59,7 +59,7 @@ bench: $(VENV)/ready  ## How fast the engine is, beside what else runs the same 
 	$(BIN)/earlyexit bench
 
 bench-agents: $(VENV)/ready  ## Problems of several steps, planned and solved by graphs: what per-step budgets save
-	$(BIN)/earlyexit bench-agents
+	$(BIN)/earlyexit bench-agents --out docs/agents.md
 
 headline: $(VENV)/ready  ## All policies side by side on the bundled model, into docs/headline.* (about an hour on 2 cores; resumable)
 	$(BIN)/earlyexit headline --search --write

@@ -112,6 +112,9 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
         install.refuse_unwritable("pocket")
     (tmp_path / "README.md").write_text("a\n" + install.MARKS[0] + "old\n" + install.MARKS[1] + "\nb\n")
     install.refuse_unwritable("pocket")
+    (tmp_path / "README.md").write_text("a\n" + install.MARKS[1] + "old\n" + install.MARKS[0] + "\nb\n")
+    with pytest.raises(ValueError, match="has no <!-- headline --> and"):
+        install.refuse_unwritable("pocket")
 
 
 def test_the_repository_s_readme_has_the_marks(monkeypatch):

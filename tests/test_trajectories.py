@@ -1,5 +1,6 @@
 """Whole runs of a graph: collected with full thinking, replayed under a rule for its nodes, certified as wholes."""
 
+import json
 import re
 from dataclasses import dataclass, replace
 
@@ -150,8 +151,8 @@ class TestReplay:
         runs = Runs.read(collected)
         for found in runs.replay({}):
             spends = live(llm, QUESTIONS[0], {})["ledger"].values()
-            assert (found.exits, found.changed, found.reasoning) == (0, False, found.full)
-            assert found.full == sum(spend["reasoning"] for spend in spends)
+            assert (found.exits, found.changed) == (0, False)
+            assert found.reasoning == sum(spend["reasoning"] for spend in spends)
 
     def test_what_the_runs_cannot_tell_is_refused(self, collected):
         runs = Runs.read(collected)
@@ -159,8 +160,15 @@ class TestReplay:
             runs.replay({"solve": DEER()})
         with pytest.raises(ValueError, match="reads p_safe at 'step'"):
             runs.replay({"step": LYNX(0.5)})
-        with pytest.raises(ValueError, match="looks at sentence checks, but the runs were collected at"):
+        with pytest.raises(
+            ValueError, match="looks at sentence checks of this model, but the collection of 'step' holds"
+        ):
             runs.replay({"step": DEER(looks=frozenset({"sentence"}))})
+
+    def test_runs_at_other_checks_than_a_live_policy_has_do_not_replay_it(self):
+        runs = simulated([(0.9, True)], kinds=("paragraph",))
+        with pytest.raises(ValueError, match=r"looks at reflection checks .* holds paragraph checks"):
+            runs.replay({"step": DEER(0.5)})
 
     def test_a_probe_is_measured_from_the_states_that_were_kept_as_it_is_live(self, tmp_path):
         probe = some_probe("before", layers=(2 / 3, 1 / 3))
@@ -187,7 +195,7 @@ class TestReplay:
         engine.close()
 
 
-def simulated(scores):
+def simulated(scores, kinds=("reflection",)):
     """Runs of one call with one check each: of this confidence, and right early or not."""
     runs = []
     for i, (score, same) in enumerate(scores):
@@ -196,7 +204,8 @@ def simulated(scores):
         per_check = {"trial_tokens": (5,), "exit_tokens": (6,), "read_tokens": (11,)}
         trace = Trace((check,), question_id=f"{i}/0", question="?", answer="1", **counts, **per_check)
         runs.append(Trajectory(str(i), "?", "1", None, (CallTrace("step", trace),)))
-    meta = {"form": "boxed", "kinds": ["reflection"], "signals": ["trial_confidence"], "binds": {"engine": "e"}}
+    binds = {"engine": "e", "cues": json.dumps({"words": ["wait"]})}
+    meta = {"form": "boxed", "kinds": list(kinds), "signals": ["trial_confidence"], "binds": binds}
     return Runs(tuple(runs), {"step": {**meta, "closing": {"full": 2, "bare": 1}}})
 
 

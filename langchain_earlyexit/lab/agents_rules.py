@@ -16,6 +16,7 @@ from langchain_core.runnables import Runnable
 
 from langchain_earlyexit.answers import BOXED, TEXT
 from langchain_earlyexit.chat_models import ChatEarlyExit
+from langchain_earlyexit.lab.collect import DEPTHS
 from langchain_earlyexit.lab.datasets import Question
 from langchain_earlyexit.lab.examples import PARTS, examples
 from langchain_earlyexit.lab.learn_then_test import questions_needed
@@ -31,8 +32,6 @@ from langchain_earlyexit.trace import Trace
 
 NODES: Final = ("plan", "step")
 """Kinds of calls that may be cut. The answer repeats the last result, in fewer tokens than an exit saves."""
-
-DEPTHS: Final = (0.25, 0.5, 0.75, 1.0)
 
 _DOUBTS: Final = (0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 """1 - threshold of LYNX's settings to choose from: from careful to leaving at the first check."""
@@ -142,9 +141,11 @@ def prepare(llm: ChatEarlyExit, folder: Path, sizes: Sizes, *, seed: int = 0, pr
     taught = {node: _probe(folder, node, seed, anew=bool(fresh["train"])) for node in NODES}
     probes = {node: probe for node, probe in taught.items() if probe is not None}
     runs = Runs.read(folder / "dev", probes)
-    choosing = {question.id for question in plan_questions("dev", sizes.choose, seed)}
-    chosen_on = replace(runs, trajectories=tuple(one for one in runs.trajectories if one.id in choosing))
-    rest = replace(runs, trajectories=tuple(one for one in runs.trajectories if one.id not in choosing))
+    asked = [question.id for question in plan_questions("dev", sizes.choose + sizes.certify, seed)]
+    chosen_on, rest = (
+        replace(runs, trajectories=tuple(one for one in runs.trajectories if one.id in part))
+        for part in (set(asked[: sizes.choose]), set(asked[sizes.choose :]))
+    )
     rules = judge_rules(chosen_on, _candidates(probes), right_calls(sample_plans("dev", sizes.choose, seed)))
     best = cheapest(rules, sizes.tolerance)
     certified = certify_rule(rest, bolder_and_bolder(rules), sizes.epsilon, sizes.delta)

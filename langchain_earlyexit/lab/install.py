@@ -9,6 +9,7 @@ from typing import Final
 from langchain_earlyexit.beside import home_of
 from langchain_earlyexit.lab.certify import certify, summary
 from langchain_earlyexit.lab.headline import Headline
+from langchain_earlyexit.lab.marks import between
 from langchain_earlyexit.lab.report import brief
 from langchain_earlyexit.policies import DEER, Never
 from langchain_earlyexit.probe import Probe
@@ -30,9 +31,11 @@ def refuse_unwritable(model: str) -> None:
     """
     if model != "pocket":
         raise ValueError(f"--write puts files beside the bundled weights, but the model is {model!r}; leave one out")
-    if not README.is_file() or any(mark not in README.read_text(encoding="utf-8") for mark in MARKS):
-        told = " and ".join(mark.strip() for mark in MARKS)
-        raise ValueError(f"--write puts its table into ./{README} between {told}, which are not there")
+    if not README.is_file():
+        raise ValueError(
+            f"--write puts its table into ./{README} between {MARKS[0].strip()} and {MARKS[1]}, which is not there"
+        )
+    between(README, MARKS, "")
 
 
 def install(found: Headline, out: Path) -> Iterator[str]:
@@ -51,9 +54,6 @@ def install(found: Headline, out: Path) -> Iterator[str]:
     calibration = certify(found.dev, CALIBRATED, delta=0.1, progress=False)
     calibration.save(home / FILE)
     yield f"{home / FILE}:\n{summary(calibration)}"
-    begin, end = MARKS
-    head, _, rest = README.read_text(encoding="utf-8").partition(begin)
-    _, _, tail = rest.partition(end)
     told = brief(found.evaluation, out.with_suffix(".svg").as_posix(), out.with_suffix(".md").as_posix())
-    README.write_text(head + begin + told + end + tail, encoding="utf-8")
+    README.write_text(between(README, MARKS, told), encoding="utf-8")
     yield f"{README}: the table"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from langchain_earlyexit.answers import FORMS
 from langchain_earlyexit.guarantee import with_policy
-from langchain_earlyexit.lab.collect import read_meta, read_states
+from langchain_earlyexit.lab.collect import live_kinds, read_meta, read_states, refuse_other_kinds
 from langchain_earlyexit.lab.learn_then_test import certified, questions_needed, upper_bound
 from langchain_earlyexit.lab.outcomes import Closing, replayed
 from langchain_earlyexit.lab.paths import path_of
@@ -67,13 +67,11 @@ class Replayed:
 
     Attributes:
         reasoning: net reasoning tokens of its calls: all but prompts and answers.
-        full: those of full thinking.
         exits: calls left early.
         changed: whether any call would have been answered otherwise.
     """
 
     reasoning: int
-    full: int
     exits: int
     changed: bool
 
@@ -147,11 +145,8 @@ class Runs:
         for node, policy in rule.items():
             if node not in self.metas:
                 raise ValueError(f"the rule names the node {node!r}, but the runs have {', '.join(sorted(self.metas))}")
-            if policy.looks and not policy.looks & set(self.metas[node]["kinds"]):
-                raise ValueError(
-                    f"{policy!r} looks at {', '.join(sorted(policy.looks))} checks, but the runs were collected at "
-                    f"{', '.join(self.metas[node]['kinds'])} checks"
-                )
+            if live_kinds(policy, self.metas[node]):
+                refuse_other_kinds(policy, self.metas[node], f"the collection of {node!r}")
             if missing := policy.needs - set(self.metas[node]["signals"]):
                 raise ValueError(
                     f"{policy!r} reads {', '.join(sorted(missing))} at {node!r}, but the runs have "
@@ -169,10 +164,8 @@ class Runs:
 
     def _run(self, run: Trajectory, rule: Rule) -> Replayed:
         calls = [self._call(call, rule.get(call.node, Never())) for call in run.calls]
-        full = [self._call(call, Never()) for call in run.calls]
         return Replayed(
             sum(call.reasoning for call in calls),
-            sum(call.reasoning for call in full),
             sum(call.left for call in calls),
             any(call.changed for call in calls),
         )

@@ -97,8 +97,6 @@ def bolder_and_bolder(rules: Sequence[Judged], steps: int = 24) -> tuple[Rule, .
     frontier: list[Judged] = [rules[0]]
     for rule in sorted(rules, key=lambda rule: (rule.changed, rule.tokens)):
         if rule.tokens < frontier[-1].tokens:
-            if rule.changed == frontier[-1].changed and len(frontier) > 1:
-                frontier.pop()
             frontier.append(rule)
     picked = np.unique(np.linspace(0, len(frontier) - 1, min(steps, len(frontier))).round().astype(int))
     return tuple(frontier[i].rule for i in picked)

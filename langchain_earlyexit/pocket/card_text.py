@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from langchain_earlyexit.lab.marks import between
 from langchain_earlyexit.pocket import weights_dir
 from langchain_earlyexit.pocket.abilities import ABILITIES
 
@@ -161,8 +162,8 @@ def places(folder: Path | None = None, readme: Path | None = None) -> tuple[Path
         FileNotFoundError: no such README: an installed package is no checkout.
     """
     folder, readme = folder or weights_dir(), readme or weights_dir().parents[2] / "README.md"
-    _between(folder / "README.md", _CARD, "")
-    _between(readme, _SUMMARY, "")
+    between(folder / "README.md", _CARD, "")
+    between(readme, _SUMMARY, "")
     return folder, readme
 
 
@@ -173,18 +174,9 @@ def write(card: Mapping[str, Any], folder: Path | None = None, readme: Path | No
     """
     folder, readme = places(folder, readme)
     texts = {
-        folder / "README.md": _between(folder / "README.md", _CARD, markdown(card)),
-        readme: _between(readme, _SUMMARY, summary(card)),
+        folder / "README.md": between(folder / "README.md", _CARD, markdown(card) + "\n"),
+        readme: between(readme, _SUMMARY, summary(card) + "\n"),
         folder / "card.json": json.dumps(card, indent=1, allow_nan=False) + "\n",
     }
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
-
-
-def _between(path: Path, marks: tuple[str, str], told: str) -> str:
-    begin, end = marks
-    head, begun, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, ended, tail = rest.partition(end)
-    if not begun or not ended:
-        raise ValueError(f"{path} has no {begin.strip()} and {end} marks to write between; put them where figures go")
-    return f"{head}{begin}{told}\n{end}{tail}"
