@@ -55,6 +55,8 @@ def markdown(evaluation: Evaluation, plot: str | None = None) -> str:
 def brief(evaluation: Evaluation, plot: str, whole: str) -> str:
     """One table of all ways, fixed budgets aside, under the plot: for a page that tells other things too.
 
+    Without seconds: the ways ran one after another, each beside whatever else the machine did then.
+
     Args:
         evaluation: what was found.
         plot: address of the accuracy plot, which shows the budgets.
@@ -62,7 +64,7 @@ def brief(evaluation: Evaluation, plot: str, whole: str) -> str:
     """
     header = (
         "", _accuracy(evaluation), "against full thinking", "output tokens", "saved", "over budgets", "thinking",
-        "trial", "helped / harmed", "s per 1,000", "thinking ended",
+        "trial", "helped / harmed", "thinking ended",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
         (
@@ -70,7 +72,6 @@ def brief(evaluation: Evaluation, plot: str, whole: str) -> str:
             f"{row.tokens['thinking_tokens']:.1f}",
             f"{row.tokens['trial_tokens']:.1f}",
             f"{row.helped} / {row.harmed}",
-            "" if row.seconds is None else f"{row.seconds:.0f}",
             _reasons(row.reasons),
         )
         for row in _beside_budgets(evaluation)
@@ -80,7 +81,7 @@ def brief(evaluation: Evaluation, plot: str, whole: str) -> str:
         "",
         *_markdown_table((header, rows)),
         "",
-        *(f"- {name}: {value}" for name, value in evaluation.about.items()),
+        *(f"- {name}: {value}" for name, value in evaluation.about.items() if name != "time"),
         "",
         f"{_READING[0]} The settings that ran, fixed budgets one by one, the probe, its transfer and its price are in "
         f"[the whole report]({whole}).",
