@@ -78,12 +78,13 @@ def create_budgeted_agent(
         exit_behavior=exit_behavior,
         unsupported_model_behavior=unsupported_model_behavior,
     )
+    tools = list(tools)  # which may come but once
     if not isinstance(model, str):
         budgeting.check(model)
     budgeting.check_tools([*tools, *(tool for one in middleware for tool in getattr(one, "tools", ()))])
     return create_agent(
         model,
-        list(tools),
+        tools,
         middleware=[*middleware, budgeting],
         state_schema=BudgetedAgentState,
         checkpointer=checkpointer,

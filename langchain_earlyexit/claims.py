@@ -44,6 +44,11 @@ class Place:
     began: float | None
     attempt: int
 
+    @property
+    def run(self) -> str:
+        """The checkpoint at which the outermost graph's superstep began."""
+        return self.levels[0][0]
+
     def shares_its_step(self, other: Place) -> bool:
         """Whether neither of two calls can see the other's entry: two tasks of one superstep, or one task's two."""
         for mine, theirs in zip(self.levels, other.levels, strict=False):
@@ -127,7 +132,7 @@ class Claims:
     def lost(self, place: Place | None) -> Ledger:
         """Entries of earlier attempts of this task, which failed after they had spent."""
         with self._lock:
-            return {key: entry for claim in self._earlier(place) for key, entry in claim._entries.items()}
+            return _entries_of(self._earlier(place))
 
     @contextmanager
     def claimed(self, step: str, place: Place | None, holds: Sequence[Hold], ledger: Ledger) -> Iterator[Claim]:
@@ -147,12 +152,10 @@ class Claims:
             return
         with self._lock:
             earlier = self._earlier(place)
-            lost = {key: entry for claim in earlier for key, entry in claim._entries.items()}
-            mine = Claim(step, place, holds, lost)
-            known = self._runs.get(place.levels[0][0], [])
-            _refuse(mine, [claim for claim in known if _unseen(claim, mine, ledger)])
-            self._runs[place.levels[0][0]] = [*known, mine]
-            self._runs.move_to_end(place.levels[0][0])
+            mine = Claim(step, place, holds, _entries_of(earlier))
+            _refuse(mine, [claim for claim in self._runs.get(place.run, ()) if _unseen(claim, mine, ledger)])
+            self._runs.setdefault(place.run, []).append(mine)
+            self._runs.move_to_end(place.run)
             while len(self._runs) > _RUNS:
                 self._runs.popitem(last=False)
         try:
@@ -169,7 +172,7 @@ class Claims:
 
     def _forget(self, claim: Claim) -> None:
         """What has spent nothing, since it failed or was answered without a model, is forgotten."""
-        known = self._runs.get(claim.place.levels[0][0], []) if claim.place and not claim._entries else []
+        known = self._runs.get(claim.place.run, []) if claim.place and not claim._entries else []
         if claim in known:
             known.remove(claim)
 
@@ -177,10 +180,14 @@ class Claims:
         if place is None:
             return []
         return [
-            claim for claim in self._runs.get(place.levels[0][0], ())
+            claim for claim in self._runs.get(place.run, ())
             if claim._entries and claim.place is not None and claim.place.levels == place.levels
             and (claim._failed or (claim.place.began == place.began and claim.place.attempt < place.attempt))
         ]  # fmt: skip
+
+
+def _entries_of(claims: Sequence[Claim]) -> Ledger:
+    return {key: entry for claim in claims for key, entry in claim._entries.items()}
 
 
 def _unseen(claim: Claim, mine: Claim, ledger: Ledger) -> bool:
@@ -194,10 +201,10 @@ def _refuse(mine: Claim, beside: Sequence[Claim]) -> None:
     for hold in mine.holds:
         for scope, spare in hold.spare.items():
             own = None if scope == hold.path else f"{scope}|{hold.path[len(scope) + 1 :].split('|', 1)[0]}"
-            others = {claim.step: claim._amount(hold.of, scope, own) for claim in beside}
-            taken = sum(claim._amount(hold.of, scope, own) for claim in beside)
+            others = [(claim.step, claim._amount(hold.of, scope, own)) for claim in beside]
+            taken = sum(amount for _, amount in others)
             if taken > max(spare, 0) + _SLACK:
-                names = ", ".join(repr(step) for step, amount in others.items() if amount)
+                names = ", ".join(dict.fromkeys(repr(step) for step, amount in others if amount))
                 what = "thinking tokens" if hold.of == "tokens" else "risk"
                 raise ValueError(
                     f"step {mine.step!r} runs at once with {names}, and none sees what the others take. They may take "

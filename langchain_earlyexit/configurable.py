@@ -133,7 +133,8 @@ class ConfiguredFields(Configurable, RunnableConfigurableFields[Any, Any]):
                 if field.id in given:
                     changed[name] = given[field.id]
             elif isinstance(field, ConfigurableFieldMultiOption):
-                changed[name] = [field.options[key] for key in given.get(field.id) or field.default]
+                keys = given.get(field.id)  # none of the options is a choice too
+                changed[name] = [field.options[key] for key in (field.default if keys is None else keys)]
             else:
                 changed[name] = field.options[given.get(field.id) or field.default]
         return self.default.configured(**changed) if changed else self.default

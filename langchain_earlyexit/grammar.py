@@ -10,9 +10,9 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,12 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from numpy.typing import NDArray
 
-from langchain_earlyexit.schemas import Schema, written
+from langchain_earlyexit.inert import is_control, strings
+from langchain_earlyexit.schemas import Schema, parts, written
 from langchain_earlyexit.toolcalls import CallFormat
 
 _KEPT = 64
 """Compiled grammars kept for each model."""
-
-_SAID = ("description", "title", "$comment", "default")
-"""Keywords of a schema whose texts no answer has to spell."""
 
 _MOST_CALLS = 16
 """Tool calls in one answer."""
@@ -54,14 +52,48 @@ class _Digits:
                 self.count = self.count + 1 if letter in b"0123456789" else 0
 
 
+class _Tokens:
+    """A model's tokens: what they spell, and masks of them.
+
+    Args:
+        reader: the tokenizer, as llguidance reads it.
+        controls: name of each control token.
+        size: of a mask in bytes.
+    """
+
+    def __init__(self, reader: LLTokenizer, controls: Mapping[int, str], size: int) -> None:
+        self.reader = reader
+        self.controls = controls
+        self._size = size
+        self._without: dict[frozenset[int], NDArray[np.uint8]] = {}
+
+    @cached_property
+    def beginning_no_digit(self) -> NDArray[np.uint8]:
+        """The mask of all ids but those whose text begins with a digit."""
+        reader = self.reader
+        return self._but(index for index in range(reader.vocab_size) if reader.decode_bytes([index])[:1].isdigit())
+
+    def without_controls(self, but: frozenset[int]) -> NDArray[np.uint8]:
+        """The mask of all ids but the control tokens, those in `but` let in."""
+        mask = self._without.get(but)
+        if mask is None:
+            mask = self._without[but] = self._but(self.controls.keys() - but)
+        return mask
+
+    def _but(self, ids: Iterable[int]) -> NDArray[np.uint8]:
+        bits = np.ones(8 * self._size, np.uint8)
+        bits[[index for index in ids if index < self.reader.vocab_size]] = 0
+        return np.packbits(bits, bitorder="little")
+
+
 class Matcher:
     """One answer's way through a grammar. A number that may end has an end: a schema's bounds leave its digits open."""
 
-    def __init__(self, matcher: LLMatcher, digits: _Digits, reader: LLTokenizer, alien: Mapping[int, str]) -> None:
+    def __init__(self, matcher: LLMatcher, digits: _Digits, tokens: _Tokens, marks: frozenset[int]) -> None:
         self._matcher = matcher
         self._digits = digits
-        self._reader = reader
-        self._alien = alien
+        self._tokens = tokens
+        self._marks = marks
 
     @property
     def over(self) -> bool:
@@ -74,16 +106,14 @@ class Matcher:
         Raises:
             RuntimeError: only a control token that the grammar does not name could, or as `push`.
         """
-        mask = bytes(self._matcher.compute_bitmask())
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        if not any(mask):
-            return mask
-        if not self._matcher.is_accepting():
+        if mask.any() and not self._matcher.is_accepting():
             mask = self._without_aliens(mask)
-        if self._digits.count < _MOST_DIGITS:
-            return mask
-        ended = (np.frombuffer(mask, np.uint8) & ~_beginning_with_a_digit(self._reader, len(mask))).tobytes()
-        return ended if any(ended) else mask
+        if self._digits.count >= _MOST_DIGITS:
+            ended = mask & self._tokens.beginning_no_digit
+            mask = ended if ended.any() else mask
+        return mask.tobytes()
 
     def forced(self) -> tuple[int, ...]:
         """The ids that must come next, as the tokenizer writes the text that must; empty where that is open.
@@ -92,21 +122,20 @@ class Matcher:
         the tokenizer would give the whole answer, and what comes after them is drawn from the same place.
         """
         ids = tuple(self._matcher.compute_ff_tokens())
-        alien = next((place for place, index in enumerate(ids) if index in self._alien), None)
+        controls, marks = self._tokens.controls, self._marks
+        alien = next((at for at, index in enumerate(ids) if index in controls and index not in marks), None)
         return ids if alien is None or self._matcher.is_accepting() else ids[:alien]
 
-    def _without_aliens(self, mask: bytes) -> bytes:
+    def _without_aliens(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
         # llguidance takes the name of a control token, where a pattern spells it, for the token.
-        bits = bytearray(mask)
-        found = [index for index in self._alien if index >> 3 < len(bits) and bits[index >> 3] >> (index & 7) & 1]
-        for index in found:
-            bits[index >> 3] &= ~(1 << (index & 7)) & 0xFF
-        if found and not any(bits):
+        kept = mask & self._tokens.without_controls(self._marks)
+        if not kept.any():
+            name = self._tokens.controls[int(np.flatnonzero(np.unpackbits(mask, bitorder="little"))[0])]
             raise RuntimeError(
-                f"a pattern of the schema leaves nothing to write but {self._alien[found[0]]!r}, which is a control "
+                f"a pattern of the schema leaves nothing to write but {name!r}, which is a control "
                 "token of this model and cannot be written as text; allow other text in the pattern"
             )
-        return bytes(bits)
+        return kept
 
     def takes(self, token: int) -> bool:
         """Whether this id may come next."""
@@ -120,20 +149,11 @@ class Matcher:
         """
         self._matcher.consume_token(token)
         self._check()
-        self._digits.push(self._reader.decode_bytes([token]))
+        self._digits.push(self._tokens.reader.decode_bytes([token]))
 
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RuntimeError(f"the grammar of the answer cannot be followed: {self._matcher.get_error()}")
-
-
-@lru_cache(maxsize=8)
-def _beginning_with_a_digit(reader: LLTokenizer, size: int) -> NDArray[np.uint8]:
-    """A mask of `size` bytes of the ids whose text begins with a digit."""
-    ids = [index for index in range(reader.vocab_size) if reader.decode_bytes([index])[:1].isdigit()]
-    bits = np.zeros(8 * size, np.uint8)
-    bits[ids] = 1
-    return np.packbits(bits, bitorder="little")
 
 
 @dataclass(frozen=True)
@@ -166,11 +186,10 @@ class Grammars:
         self._tokenizer = tokenizer
         self._eos = sorted(eos)
         self._added = {str(token): int(index) for index, token in tokenizer.added_tokens_decoder.items()}
-        self._controlling = [(name, index) for name, index in self._added.items() if _is_control(name)]
         longest_first = sorted(self._added, key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._lock = threading.Lock()
-        self._reader: LLTokenizer | None = None
+        self._tokens: _Tokens | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def schema(self, schema: Schema) -> Grammar:
@@ -219,10 +238,10 @@ class Grammars:
         """See `Grammar.start`."""
         text = grammar.text
         with self._lock:
-            reader = self._read()
+            tokens = self._read()
             known = self._compiled.get(text)
             if known is None:
-                known = LLMatcher(reader, LLMatcher.grammar_from_lark(text), log_level=0)
+                known = LLMatcher(tokens.reader, LLMatcher.grammar_from_lark(text), log_level=0)
                 if known.is_error():
                     raise ValueError(f"the schema cannot be compiled to a grammar: {known.get_error()}")
                 self._compiled[text] = known
@@ -230,26 +249,28 @@ class Grammars:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(text)
             matcher = known.deep_copy()
-        ids = self._ids(reader, said)
+        ids = self._ids(tokens.reader, said)
         if matcher.try_consume_tokens(ids) != len(ids):
             return None
         digits = _Digits()
         digits.push((grammar.before + said).encode())
-        alien = {index: name for name, index in self._controlling if index not in grammar.marks}
-        return Matcher(matcher, digits, reader, alien)
+        return Matcher(matcher, digits, tokens, grammar.marks)
 
-    def _read(self) -> LLTokenizer:
-        if self._reader is None:
+    def _read(self) -> _Tokens:
+        if self._tokens is None:
             if not self._eos:
                 raise ValueError("this model's tokenizer has no end-of-turn token, so no grammar can tell it to stop")
             try:
-                self._reader = from_tokenizer(self._tokenizer, eos_token=self._eos)
+                reader = from_tokenizer(self._tokenizer, eos_token=self._eos)
             except ValueError as error:
                 raise ValueError(
                     "tool calls and response formats need a tokenizer whose tokens are bytes (byte-level BPE or byte "
                     f"fallback), and this model's is none: {error}. Ask without tools and response_format"
                 ) from error
-        return self._reader
+            controls = {index: name for name, index in self._added.items() if is_control(name)}
+            size = len(LLMatcher(reader, LLMatcher.grammar_from_regex("a")).compute_bitmask())
+            self._tokens = _Tokens(reader, controls, size)
+        return self._tokens
 
     def _ids(self, reader: LLTokenizer, text: str) -> list[int]:
         """Ids that spell `text`, byte by byte; which ones is all the same to a grammar."""
@@ -266,7 +287,7 @@ class Grammars:
         """The rule of a schema. What spells a control token cannot be written: llguidance would write the token."""
         for text in _words(schema):
             for found in self._controls.finditer(text):
-                if _is_control(found.group()):
+                if is_control(found.group()):
                     raise ValueError(
                         f"the schema holds {text!r}, but {found.group()!r} is a control token of this model and cannot "
                         "be written as text under a grammar; name it otherwise in the schema and map it back"
@@ -282,24 +303,13 @@ class Grammars:
         return [part for part in (*parts, text[at:]) if part != ""]
 
 
-def _is_control(name: str) -> bool:
-    """Whether an added token is more than a letter or blanks, as some tokenizers have them."""
-    return len(name.replace("▁", " ").strip()) > 1
-
-
 def _text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _words(schema: Any) -> Iterator[str]:
+def _words(schema: Schema) -> Iterator[str]:
     """Names, constants and patterns of a JSON schema: the texts that an answer may have to spell."""
-    if isinstance(schema, str):
-        yield schema
-    elif isinstance(schema, Mapping):
-        for key, inner in schema.items():
-            yield key
-            if not (key in _SAID and isinstance(inner, str)):
-                yield from _words(inner)
-    elif isinstance(schema, list | tuple):
-        for inner in schema:
-            yield from _words(inner)
+    for _, part in parts(schema):
+        for key in ("properties", "patternProperties"):
+            yield from part.get(key, ())
+        yield from strings([part.get(key) for key in ("required", "const", "enum", "pattern")])

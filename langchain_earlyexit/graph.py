@@ -6,6 +6,8 @@ take; `ledger`, what each call was given and took. All are plain dicts. `budgets
 A graph that is a node of another spends as that node's step, and shares that step's part out under names of its own.
 Nodes that run at once need to be told apart: by weights (or a risk's shares) that name them, by a `share` or `most` of
 the nodes that fit together, or by `branches`. Where they could take more than is left, they are refused.
+Retry policies belong on the nodes that call models: one on a node that is a graph begins the graph anew, and what its
+calls had spent before it failed is lost to the ledger.
 
 Example:
     >>> from langgraph.graph import START, StateGraph

@@ -102,7 +102,7 @@ def init_chat_model(
 
     if not choosing:
         return make(first)  # type: ignore[no-any-return]
-    made = {first: make(first)} if _ours(first) else {}
+    made = {first: make(first)} if _ours(first) and model is not None else {}
     ids = {name: prefix + name for name in choosing}
     return ChosenModel(default=made.get(first), first=first, ids=ids, make=make, made=made)
 

@@ -104,6 +104,8 @@ Ledger = dict[str, Spend]
 
 _BUDGET_KEYS: Final = frozenset(Budget.__annotations__)
 _RISK_KEYS: Final = frozenset(Risk.__annotations__)
+_SLACK: Final = 1e-12
+"""Of sums of risk, which are rounded."""
 
 
 def opened(
@@ -174,7 +176,7 @@ def check_risk(risk: Risk) -> Risk:
         raise ValueError("a risk has shares, fixed beforehand, or weights, which are heuristic; not both")
     _check_weights("risk", risk)
     fits = shares is None or (isinstance(shares, Mapping) and all(_at_least_zero(share) for share in shares.values()))
-    if not fits or (shares is not None and sum(shares.values()) > risk["epsilon"] + 1e-12):
+    if not fits or (shares is not None and sum(shares.values()) > risk["epsilon"] + _SLACK):
         raise ValueError(
             f"the steps' shares {shares} must be at least 0 and add up to at most epsilon={risk['epsilon']}; "
             "budgets.spread_risk gives such shares"
@@ -189,7 +191,7 @@ def remaining(budget: Budget, ledger: Ledger) -> int:
 
 def spent(budget: Budget, ledger: Ledger) -> int:
     """Thinking tokens that count against a budget so far."""
-    return sum(entry["thinking"] for entry in ledger.values() if is_part(entry["budget"], budget.get("id", "")))
+    return sum(entry["thinking"] for entry in counted("budget", budget, ledger))
 
 
 def allowance(step: str, budget: Budget, ledger: Ledger) -> int:
@@ -198,10 +200,11 @@ def allowance(step: str, budget: Budget, ledger: Ledger) -> int:
     Raises:
         ValueError: the budget has weights, and none for `step`.
     """
-    left, weights = remaining(budget, ledger), budget.get("weights")
-    if weights is None:
+    left = remaining(budget, ledger)
+    if "weights" not in budget:
         return left
-    return next_share(left, weight_of(step, weights, "budget"), later(weights, [step], "budget", budget, ledger))
+    weight, *later = weighed([step], "budget", budget, ledger)
+    return next_share(left, weight, later)
 
 
 def pace_of(step: str, budget: Budget, ledger: Ledger) -> float | None:
@@ -210,11 +213,10 @@ def pace_of(step: str, budget: Budget, ledger: Ledger) -> float | None:
     Raises:
         ValueError: the budget has weights, and none for `step`.
     """
-    weights = budget.get("weights")
-    if weights is None:
+    if "weights" not in budget:
         return None
-    to_come = [weight_of(step, weights, "budget"), *later(weights, [step], "budget", budget, ledger)]
-    return pace(budget["tokens"], remaining(budget, ledger), list(weights.values()), to_come)
+    to_come = weighed([step], "budget", budget, ledger)
+    return pace(budget["tokens"], remaining(budget, ledger), list(budget["weights"].values()), to_come)
 
 
 def risk_of(step: str, risk: Risk, ledger: Ledger) -> tuple[float, bool]:
@@ -223,18 +225,20 @@ def risk_of(step: str, risk: Risk, ledger: Ledger) -> tuple[float, bool]:
     Raises:
         ValueError: the risk has weights, and none for `step`.
     """
-    taken = at_risk(risk, ledger)
-    heuristic = risk.get("heuristic", False)
+    taken = counted("risk", risk, ledger)
+    gone = sum(entry["epsilon"] for entry in taken)
     if "weights" in risk:
-        weights = risk["weights"]
-        gone = sum(entry["epsilon"] for entry in taken)
-        to_come = later(weights, [step], "risk", risk, ledger)
-        return adaptive_risk(risk["epsilon"], gone, weight_of(step, weights, "risk"), to_come), True
+        weight, *later = weighed([step], "risk", risk, ledger)
+        return adaptive_risk(risk["epsilon"], gone, weight, later), True
     if "shares" in risk:
         # A share is for one call: the answer of another would be one more that an exit may have changed.
         tried = any(_step_of(entry, "risk", risk) == step and entry["epsilon"] > 0 for entry in taken)
-        return 0.0 if tried else risk["shares"].get(step, 0.0), heuristic
-    return endless_risk(risk["epsilon"], len(taken)), heuristic
+        share = 0.0 if tried else risk["shares"].get(step, 0.0)
+    else:
+        share = endless_risk(risk["epsilon"], len(taken))
+    # What was fixed beforehand fits; but a part that weights handed out may have become smaller since it was begun.
+    left = risk["epsilon"] - gone
+    return share if share <= left + _SLACK else max(0.0, left), risk.get("heuristic", False)
 
 
 def is_part(id_: str, whole: str) -> bool:
@@ -254,7 +258,7 @@ def run_guarantee(risk: Risk, ledger: Ledger) -> dict[str, Any] | None:
         None where a call was cut, by a cap or a policy, that no calibration covers; or where they promise different
         things.
     """
-    taken = at_risk(risk, ledger)
+    taken = counted("risk", risk, ledger)
     cut = [entry for entry in taken if not _made_good(entry, ledger)]
     promises = [(entry["model"], entry["exit"]["guarantee"]) for entry in cut]
     if any(promise is None for _, promise in promises) or len({promise["kind"] for _, promise in promises}) > 1:
@@ -276,9 +280,9 @@ def _made_good(entry: Spend, ledger: Ledger) -> bool:
     return any(one["model"] == entry["model"] and _made_good(one, ledger) for one in again)
 
 
-def at_risk(risk: Risk, ledger: Ledger) -> list[Spend]:
-    """The calls that count against a risk."""
-    return [entry for entry in ledger.values() if is_part(entry["risk"], risk.get("id", ""))]
+def counted(key: Literal["budget", "risk"], whole: Budget | Risk, ledger: Ledger) -> list[Spend]:
+    """The calls that count against a budget or a risk."""
+    return [entry for entry in ledger.values() if is_part(entry[key], whole.get("id", ""))]
 
 
 def _step_of(entry: Spend, key: Literal["budget", "risk"], whole: Budget | Risk) -> str:
@@ -287,27 +291,21 @@ def _step_of(entry: Spend, key: Literal["budget", "risk"], whole: Budget | Risk)
     return entry["step"] if id_ == mine else id_[len(mine) + 1 :].split("|", 1)[0]
 
 
-def later(
-    weights: Mapping[str, float],
-    now: Sequence[str],
-    key: Literal["budget", "risk"],
-    whole: Budget | Risk,
-    ledger: Ledger,
-) -> list[float]:
-    """Weights of the steps still to come after those of `now`."""
-    taken = [entry for entry in ledger.values() if is_part(entry[key], whole.get("id", ""))]
-    done = {*now, *(_step_of(entry, key, whole) for entry in taken)}
-    return [weight for name, weight in weights.items() if name not in done]
+def weighed(steps: Sequence[str], key: Literal["budget", "risk"], whole: Budget | Risk, ledger: Ledger) -> list[float]:
+    """Weights of `steps`, and then those of the steps still to come after them.
 
-
-def weight_of(step: str, weights: Mapping[str, float], of: str) -> float:
-    """Weight of a step in a budget or risk, or a ValueError that says which has none."""
-    if step not in weights:
-        raise ValueError(
-            f"the {of} has weights for {', '.join(weights)}, and none for step {step!r}; give it one, or one to the "
-            "node of the graph that it stands in"
-        )
-    return weights[step]
+    Raises:
+        ValueError: one of `steps` has no weight.
+    """
+    weights = whole["weights"]
+    for step in steps:
+        if step not in weights:
+            raise ValueError(
+                f"the {key} has weights for {', '.join(weights)}, and none for step {step!r}; give it one, or one to "
+                "the node of the graph that it stands in"
+            )
+    done = {*steps, *(_step_of(entry, key, whole) for entry in counted(key, whole, ledger))}
+    return [*(weights[step] for step in steps), *(weight for name, weight in weights.items() if name not in done)]
 
 
 def _only(what: str, given: Any, known: frozenset[str], example: dict[str, Any]) -> None:

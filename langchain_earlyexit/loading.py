@@ -208,11 +208,12 @@ class Loaded:
 
     def _with_beside(self, bound: Binding, source: Source, settings: Settings) -> Binding:
         policy = settings.exit_policy
-        unserved = settings.confidence is not None and self.promises is None
-        if not unserved and (bound.probe is not None or policy is None or "p_safe" not in policy.needs):
+        if settings.confidence is None and (policy is None or "p_safe" not in policy.needs):
             return bound
         with self._lock:
+            bound = self.bound or bound  # another call may just have found what this one looks for
             calibration = None
+            unserved = settings.confidence is not None and self.promises is None
             if unserved and (path := source.calibration_beside()) is not None:
                 calibration = load_calibration(path)
                 policy = calibration.path[-1].policy

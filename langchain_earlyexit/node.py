@@ -97,11 +97,12 @@ def reasoning_node(
     The cap on its thinking is what `state["budget"]` allows its step (times `share`, and at most `most` and the
     model's own), and its `confidence` is 1 - the risk that `state["risk"]` allows; a step without any is never cut. The
     call's entry goes to `state["ledger"]`. A call that fails writes nothing, so a retried step counts once; what was
-    spent before `writes` failed is written by the next attempt in the same process. Nodes of one superstep do not see
-    each other's spend: those that could together take more than is left are refused, unless weights, shares or
-    `branches` tell them apart. In a graph that is a node of another, a step that the budget or the risk does not name
-    counts as a part of that node's step. Custom stream events `early_exit.step` (what it may spend) and
-    `early_exit.spent` (its entry) go out beside it.
+    spent before `writes` failed is written by the next attempt in the same process. That is so for the retries of this
+    node: a retry of a graph that it stands in begins that graph anew, and loses what it had spent. So a retry policy
+    belongs on this node, not on a node that is a graph. Nodes of one superstep do not see each other's spend: those
+    that could together take more than is left are refused, unless weights, shares or `branches` tell them apart. In a
+    graph that is a node of another, a step that the budget or the risk does not name counts as a part of that node's
+    step. Custom stream events `early_exit.step` (what it may spend) and `early_exit.spent` (its entry) go out.
 
     Args:
         model: a `ChatEarlyExit`, or one with keywords, tools, a configuration or retries bound to it.
@@ -163,7 +164,7 @@ def reasoning_node(
         )  # fmt: skip
         if earlier is not None and again and not reads and not keywords:
             spend["retry_of"] = earlier[0]
-        tell_step(spend, budget, ledger)
+        tell_step(spend, budget, ledger, None if budget is None else remaining(budget, ledger))
         asked |= keywords(state) if keywords else {}
         return _Asked(prompt, asked, spend, replaced, ledger, claimed(spend, budget, risk, ledger, config))
 
@@ -298,7 +299,6 @@ def limits_of(
         budget = part_of(known, budget, ledger)
     if risk is not None and (known := known_as(step, around, check_risk(risk))) != step:
         risk = part_of_risk(known, risk, ledger)
-        risk = {**risk, "shares": {step: risk["epsilon"]}}
     return around, budget, risk
 
 
@@ -360,22 +360,20 @@ def told_of(spend: Spend, config: RunnableConfig) -> RunnableConfig:
     return {**config, "metadata": {**(config.get("metadata") or {}), **told}}
 
 
-def tell_step(spend: Spend, budget: Budget | None, ledger: Ledger, left: int | None = None) -> None:
+def tell_step(spend: Spend, budget: Budget | None, ledger: Ledger, left: int | None) -> None:
     """Tell what a call may spend before it begins, what is left of its budget, and whether the run keeps to its pace.
 
     Args:
         spend: its entry so far.
         budget: of the run, None without.
         ledger: of the run.
-        left: tokens that are left, where that is not only the budget's to say.
+        left: tokens that are left, None without any cap.
     """
     told: dict[str, Any] = {key: spend[key] for key in ("step", "node", "cap", "epsilon")}
-    if budget is not None:
-        told["remaining"] = remaining(budget, ledger)
-        if (rate := pace_of(spend["step"], budget, ledger)) is not None:
-            told["pace"] = rate
     if left is not None:
         told["remaining"] = left
+    if budget is not None and (rate := pace_of(spend["step"], budget, ledger)) is not None:
+        told["pace"] = rate
     tell({"event": "early_exit.step", **told})
 
 

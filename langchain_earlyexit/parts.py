@@ -11,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_earlyexit.budgets import next_share, split
+from langchain_earlyexit.budgets import split
 from langchain_earlyexit.ledger import (
     Budget,
     Ledger,
     Risk,
-    at_risk,
-    later,
+    allowance,
+    counted,
+    is_part,
     opened,
     remaining,
     risk_of,
     spent,
-    weight_of,
+    weighed,
 )
 
 
@@ -55,8 +56,9 @@ def branches(steps: Sequence[str], budget: Budget | None, risk: Risk | None, led
             seen[f"{step}/to come"] = opened(step, None, risk, epsilon=handed[-1][0])
         together = sum(epsilon for epsilon, _ in handed)
         for one, (epsilon, heuristic) in zip(told, handed, strict=True):
-            spare = spare_risk(risk, ledger, epsilon, together)
-            one["risk"] = _part_of_risk(one["step"], risk, epsilon, heuristic, spare)
+            part = _part_of_risk(one["step"], risk, epsilon, heuristic)
+            part["spare"] = spare_risk(risk, ledger, epsilon, together)
+            one["risk"] = {**part, "shares": {one["step"]: epsilon}}
     return told
 
 
@@ -70,29 +72,29 @@ def part_of(step: str, budget: Budget, ledger: Ledger) -> Budget:
         budget: of the graph around it.
         ledger: of the run, with what the graph itself has spent.
     """
-    part: Budget = {"tokens": 0, "id": part_id(budget, step)}
-    mine, left, weights = spent(part, ledger), remaining(budget, ledger), budget.get("weights")
-    shared = left + mine
-    if weights is not None:
-        part["tokens"] = next_share(
-            shared, weight_of(step, weights, "budget"), later(weights, [step], "budget", budget, ledger)
-        )
-    else:
-        part["tokens"] = shared
-    part["spare"] = _spare(budget, left - max(0, part["tokens"] - mine))
+    id_ = part_id(budget, step)
+    others = {key: entry for key, entry in ledger.items() if not is_part(entry["budget"], id_)}
+    part: Budget = {"tokens": allowance(step, budget, others), "id": id_}
+    part["spare"] = _spare(budget, remaining(budget, ledger) - remaining(part, ledger))
     return part
 
 
 def part_of_risk(step: str, risk: Risk, ledger: Ledger) -> Risk:
-    """What a graph may take of a risk that is itself a step of the risk's graph; its shares name that step alone.
+    """What a graph may take of a risk that is itself a step of the risk's graph, for all its calls together.
+
+    As with `part_of`: whenever it is asked, all that the graph has taken is of its one share.
 
     Args:
         step: the graph, as the risk's shares or weights name it.
         risk: of the graph around it.
-        ledger: of the run.
+        ledger: of the run, with what the graph itself has taken.
     """
-    epsilon, heuristic = risk_of(step, risk, ledger)
-    return _part_of_risk(step, risk, epsilon, heuristic, spare_risk(risk, ledger, epsilon))
+    id_ = part_id(risk, step)
+    others = {key: entry for key, entry in ledger.items() if not is_part(entry["risk"], id_)}
+    part = _part_of_risk(step, risk, *risk_of(step, risk, others))
+    mine = sum(entry["epsilon"] for entry in counted("risk", part, ledger))
+    part["spare"] = spare_risk(risk, ledger, max(0.0, part["epsilon"] - mine))
+    return part
 
 
 def below(budget: Budget, name: str, ledger: Ledger) -> Budget:
@@ -149,7 +151,7 @@ def spare_risk(risk: Risk, ledger: Ledger, own: float, handed: float | None = No
         handed: what all get among whom it is shared now; None: this one alone.
     """
     if "shares" in risk or "weights" in risk:
-        return _spare(risk, risk["epsilon"] - sum(entry["epsilon"] for entry in at_risk(risk, ledger)) - own)
+        return _spare(risk, risk["epsilon"] - sum(entry["epsilon"] for entry in counted("risk", risk, ledger)) - own)
     # What is left is for the calls to come, by number: two that run at once would take the same one's.
     return _spare(risk, (own if handed is None else handed) - own)
 
@@ -158,18 +160,15 @@ def _spare(whole: Budget | Risk, left: float) -> dict[str, float]:
     return {**whole.get("spare", {}), whole.get("id", ""): left}
 
 
-def _part_of_risk(step: str, risk: Risk, epsilon: float, heuristic: bool, spare: dict[str, float]) -> Risk:
-    part: Risk = {"epsilon": epsilon, "shares": {step: epsilon}, "id": part_id(risk, step), "spare": spare}
+def _part_of_risk(step: str, risk: Risk, epsilon: float, heuristic: bool) -> Risk:
+    part: Risk = {"epsilon": epsilon, "id": part_id(risk, step)}
     if heuristic:
         part["heuristic"] = True
     return part
 
 
 def _side_by_side(steps: Sequence[str], budget: Budget, ledger: Ledger) -> tuple[int, ...]:
-    left, weights = remaining(budget, ledger), budget.get("weights")
     if not steps:
         return ()
-    if weights is None:
-        return split(left, [1.0] * len(steps))
-    to_come = later(weights, steps, "budget", budget, ledger)
-    return split(left, [weight_of(step, weights, "budget") for step in steps] + to_come)[: len(steps)]
+    weights = weighed(steps, "budget", budget, ledger) if "weights" in budget else [1.0] * len(steps)
+    return split(remaining(budget, ledger), weights)[: len(steps)]

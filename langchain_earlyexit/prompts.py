@@ -10,7 +10,7 @@ added token at all.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from langchain_core.messages import BaseMessage
 
 from langchain_earlyexit.families import Family, ThinkTags, thinking_state
-from langchain_earlyexit.inert import Controls, encode_pieces, unused_mark
+from langchain_earlyexit.inert import Controls, encode_pieces, strings, unused_mark
 from langchain_earlyexit.messages import Message, to_template
 from langchain_earlyexit.toolturns import ToolTurns
 from langchain_earlyexit.turnshapes import (
@@ -73,19 +73,6 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Walk the strings of a nested structure, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
-
-
 _call_shapes: WeakKeyDictionary[Any, dict[str, Shape | None]] = WeakKeyDictionary()
 """What was found out about the templates of each tokenizer: to ask again for every call would take longer than it."""
 
@@ -97,21 +84,16 @@ class _Chat:
     tokenizer: Any
     messages: list[Message]
     tools: list[Any] | None
-    documents: list[Any] | None
     kwargs: dict[str, Any]
 
     def strings(self) -> list[str]:
-        return list(_strings([self.messages, self.tools, self.documents]))
+        return list(strings([self.messages, self.tools]))
 
     def changed(self, change: Callable[[str], str]) -> "_Chat":
         """Apply `change` to all text that is not the template's own."""
-        messages, tools, documents = (
-            _map_strings(part, change) for part in (self.messages, self.tools, self.documents)
-        )
-        return replace(self, messages=messages, tools=tools, documents=documents)
+        return replace(self, messages=_map_strings(self.messages, change), tools=_map_strings(self.tools, change))
 
     def render(self, *, prompt: bool) -> str:
-        documents = {} if self.documents is None else {"documents": self.documents}
         text: str
         if any(message["content"] is None for message in self.messages):
             from transformers.utils.chat_template_utils import render_jinja_template
@@ -122,7 +104,6 @@ class _Chat:
                 tools=self.tools,
                 chat_template=_template_of(self.tokenizer, self.tools),
                 add_generation_prompt=prompt,
-                **documents,
                 **{**self.tokenizer.special_tokens_map, **self.kwargs},
             )
             return text
@@ -131,7 +112,6 @@ class _Chat:
             tools=self.tools,
             tokenize=False,
             add_generation_prompt=prompt,
-            **documents,
             **self.kwargs,
         )
         return text
@@ -167,7 +147,7 @@ class _Chat:
         key = repr((_template_of(self.tokenizer, self.tools), bool(self.tools), self.kwargs))
         if key not in known:
             tools = [OFFERED] if self.tools else None
-            known[key] = replace(self, tools=tools, documents=None)._call_shape()
+            known[key] = replace(self, tools=tools)._call_shape()
         return replace(self, messages=(known[key] or turns.told)(self.messages))
 
     def _call_shape(self) -> Shape | None:
@@ -244,7 +224,6 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     turns: ToolTurns | None = None,
     schema: Mapping[str, Any] | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """Render a conversation to the ids of a prompt in which thinking is open, or closed, as wanted.
 
@@ -264,14 +243,12 @@ def render(
         choice = family.template_switch
         switch = dict(choice.on if thinking else choice.off)
         dicts = with_system_line(dicts, choice.system_on if thinking else choice.system_off)
-    kwargs = {**switch, **(template_kwargs or {})}
-    documents = kwargs.pop("documents", None)
-    chat = _Chat(tokenizer, dicts, listed, documents, kwargs)
+    chat = _Chat(tokenizer, dicts, listed, switch)
     if any(message.get("tool_calls") for message in dicts):
         chat = chat.with_calls_shown(turns or ToolTurns())
     chat = chat.accepted()
-    strings = chat.strings()
-    mark = unused_mark("".join([template, *strings]))
+    texts = chat.strings()
+    mark = unused_mark("".join([template, *texts]))
     controls = Controls.of(tokenizer)
     newline = ""
     if tags is not None and (family.think_newline or any(tags.start + end in template for end in ("\n", "\\n"))):
@@ -280,10 +257,10 @@ def render(
     def cut(text: str) -> str:
         for tag in tags.markers if tags else ():  # tags that are no tokens could still mislead the template
             text = text.replace(tag, tag[0] + mark + tag[1:])
-        return controls.cut(text, mark)
+        return controls.cut(tokenizer, text, mark)
 
     def cut_openers(text: str) -> str:
-        return controls.cut_openers(text, mark)
+        return controls.cut_openers(tokenizer, text, mark)
 
     def finish(chat: _Chat) -> Prompt:
         text = chat.render(prompt=True)
@@ -296,7 +273,7 @@ def render(
         return Prompt(tuple(encode_pieces(tokenizer, pieces)), "".join(pieces), state)
 
     prompt = finish(chat.changed(cut))
-    if any(cut_openers(string) != string for string in strings):
+    if any(cut_openers(text) != text for text in texts):
         sure = finish(chat.changed(cut_openers))
         if controls.among(prompt.ids) != controls.among(sure.ids):
             return sure

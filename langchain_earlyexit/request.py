@@ -36,7 +36,7 @@ class Request:
         look: "parallel" (the trunk thinks on while a trial runs) or "wait".
         shadow: decide, but never exit.
         reuse: a complete trial answer becomes the final answer.
-        probe: measures `p_safe`, or None.
+        probe: measures `p_safe`, or None; where there is a sentry with one, the same (see `Binding.with_probe`).
         bounds: what the answer must be, or None where it is free.
         aside: the engine tells no log-probabilities of watched ids with tokens drawn by `sampling`: margins are read on
             forks, at the price of a token each.
@@ -44,8 +44,7 @@ class Request:
             what it can measure is asked of it. None: it has none.
 
     Raises:
-        ValueError: a policy whose signals cannot be measured here, a probe that is not the sentry's, or a limit that
-            leaves no room to answer.
+        ValueError: a policy whose signals cannot be measured here, or a limit that leaves no room to answer.
     """
 
     prompt: tuple[int, ...]
@@ -72,12 +71,7 @@ class Request:
 
     def __post_init__(self) -> None:
         require(self.policy, self.probe, self.sentry)
-        if self.sentry and self.probe is not None and self.probe.digest != self.sentry:
-            raise ValueError(
-                f"the probe given here has digest {self.probe.digest}, but the server's has {self.sentry}: start the "
-                "server with the same one, or give none here"
-            )
-        if self.sentry and self.probe is None and self.thinking and "p_safe" in self.policy.needs and not self.orders:
+        if self.sentry and self.thinking and "p_safe" in self.policy.needs and not self.orders:
             raise ValueError(
                 f"{self.policy!r} needs p_safe, which the server's plugin tells as the log-probability of a control "
                 "token that is never drawn, but this tokenizer has none to spare; take a policy that needs none, such "

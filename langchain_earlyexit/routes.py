@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Literal
 
+from langchain_core.runnables import RunnableConfig
 from langgraph.config import get_config
 from langgraph.graph import END
 
-from langchain_earlyexit.ledger import Ledger, Spend, remaining
-from langchain_earlyexit.node import State
+from langchain_earlyexit.ledger import Ledger, Spend, allowance, remaining
+from langchain_earlyexit.node import State, limits_of
 
 Verdict = Literal["sure", "unsure", "cut"]
 
@@ -50,7 +51,7 @@ def route_by_confidence(
         accept: where sure answers go.
         think_more: the node that tries again; often the same node, whose second call takes its share of what is left
             and is not cut by a policy (where the node has no `writes` of its own, so that its answer takes the first
-            one's place). Not chosen once the step had `tries` calls in this turn, or nothing is left of the budget.
+            one's place). Not chosen once the step had `tries` calls in this turn, or may take nothing of what is left.
         escalate: the node of a larger model or budget.
         ask: a node of `ask_human`.
         threshold: probability below which an answer is unsure, in [0, 1].
@@ -67,7 +68,7 @@ def route_by_confidence(
         raise ValueError(f"tries counts the first call too: at least 1, not {tries}")
 
     def route(state: State) -> str:
-        _check_not_sent()
+        config = _config_not_sent()
         ledger: Ledger = state.get("ledger", {})
         named = step or state.get("step")
         calls = [entry for entry in ledger.values() if named is None or entry["step"] == named]
@@ -79,9 +80,8 @@ def route_by_confidence(
         judged = verdict(calls[-1], threshold)
         if judged == "sure":
             return accept
-        budget = state.get("budget")
         made = sum((entry["step"], entry["turn"]) == (calls[-1]["step"], calls[-1]["turn"]) for entry in calls)
-        may_think = made < tries and (budget is None or remaining(budget, ledger) > 0)
+        may_think = made < tries and _has_some(calls[-1]["step"], state, config, ledger)
         more = think_more if may_think else None
         ways = (more, escalate) if judged == "cut" else (escalate, more)
         return next((way for way in (*ways, ask) if way is not None), accept)
@@ -89,15 +89,30 @@ def route_by_confidence(
     return route
 
 
-def _check_not_sent() -> None:
-    """After a `Send` a route is shown the graph's state, not the branch's: a second try would lose step and budget."""
+def _has_some(step: str, state: State, config: RunnableConfig, ledger: Ledger) -> bool:
+    """Whether a step may take any tokens now."""
+    _, budget, _ = limits_of(step, state, config, ledger)
+    if budget is None:
+        return True
+    if step not in budget.get("weights", {step: 1.0}):  # it was the step of a graph within, under a name of its own
+        return remaining(budget, ledger) > 0
+    return allowance(step, budget, ledger) > 0
+
+
+def _config_not_sent() -> RunnableConfig:
+    """The configuration of the node that was left; none where a route is called by hand, outside a graph.
+
+    After a `Send` a route is shown the graph's state, not the branch's: a second try would lose step and budget.
+    """
     try:
-        told = get_config().get("metadata", {})
+        config = get_config()
     except RuntimeError:
-        return  # called by hand, outside a graph
+        return {}
+    told = config.get("metadata", {})
     if "__pregel_push" in told.get("langgraph_triggers", ()):
         raise ValueError(
             f"route_by_confidence goes on in the graph's own state, but {told['langgraph_node']!r} was reached by a "
             "Send, whose step and budget only it can see: compile the node and its routes as a graph of their own, "
             "which hands back `messages` or results and `ledger`, and Send to that"
         )
+    return config

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from functools import cache
 from typing import Any, Final
+from urllib.parse import unquote
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -68,11 +69,11 @@ def checked(schema: Any, what: str) -> dict[str, Any]:
     """
     if not isinstance(schema, Mapping):
         raise ValueError(f"the schema of {what} must be a JSON schema as a dict, not {type(schema).__name__}")
-    for path, part in _parts(schema, "#"):
+    for path, part in parts(schema):
         reason = _unenforced(part)
         if reason is not None:
             raise ValueError(_refusal(what, path, reason))
-    closing = not any(_is_intersected(part) for _, part in _parts(schema, "#"))
+    closing = not any(_is_intersected(part) for _, part in parts(schema))
     tidy: dict[str, Any] = _tidied(schema, closing=closing)
     problem = _problem(tidy)
     if problem:
@@ -88,7 +89,7 @@ def _refusal(what: str, path: str, reason: str) -> str:
     )
 
 
-def _parts(schema: Any, path: str) -> Iterator[tuple[str, Schema]]:
+def parts(schema: Any, path: str = "#") -> Iterator[tuple[str, Schema]]:
     """Every schema within a schema, itself first, with its path."""
     if not isinstance(schema, Mapping):  # True, False
         return
@@ -97,14 +98,14 @@ def _parts(schema: Any, path: str) -> Iterator[tuple[str, Schema]]:
         inner = schema.get(key)
         if isinstance(inner, Mapping):
             for name, part in inner.items():
-                yield from _parts(part, f"{path}/{key}/{name}")
+                yield from parts(part, f"{path}/{key}/{name}")
     for key in _IN_LISTS:
         inner = schema.get(key)
         if isinstance(inner, list | tuple):
             for index, part in enumerate(inner):
-                yield from _parts(part, f"{path}/{key}/{index}")
+                yield from parts(part, f"{path}/{key}/{index}")
     for key in _ALONE:
-        yield from _parts(schema.get(key), f"{path}/{key}")
+        yield from parts(schema.get(key), f"{path}/{key}")
 
 
 def _unenforced(part: Schema) -> str | None:
@@ -114,6 +115,8 @@ def _unenforced(part: Schema) -> str | None:
             return f"the keyword {key!r} is not supported"
     if part.get("uniqueItems"):
         return "the keyword 'uniqueItems' is not supported"
+    if isinstance(part.get("$ref"), str) and not _points_to_a_part(part["$ref"]):
+        return f"the keyword '$ref' holds {part['$ref']!r}, where no schema stands: put what it names under '$defs'"
     if isinstance(part.get("items"), list | tuple):
         return "the keyword 'items' holds a list (draft 7); use 'prefixItems'"
     for key in ("exclusiveMinimum", "exclusiveMaximum"):
@@ -131,6 +134,14 @@ def _unenforced(part: Schema) -> str | None:
         # The grammar would go on to a further property, and find no name for it.
         return "the keyword 'patternProperties' allows no other names than those listed: put them under 'properties'"
     return None
+
+
+def _points_to_a_part(ref: str) -> bool:
+    """Whether this points to one of `parts`. The grammar compiler follows it anywhere, to what nobody has checked."""
+    if not ref.startswith("#/"):  # the whole, an anchor, or elsewhere: those the compiler tells apart
+        return True
+    steps = map(unquote, ref.split("/")[1:])
+    return all(step in _ALONE or (step in _IN_MAPS + _IN_LISTS and next(steps, None) is not None) for step in steps)
 
 
 def _is_used_up(part: Schema) -> bool:
@@ -244,7 +255,7 @@ def _problem(schema: Schema) -> str:
 def _blame(part: Schema, root: Schema, path: str, problem: str) -> tuple[str, str]:
     """The innermost place that has the same problem by itself."""
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-    for inner, found in _parts(part, path):
+    for inner, found in parts(part, path):
         if inner == path:
             continue
         alone = _problem({**shared, **found})

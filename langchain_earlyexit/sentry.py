@@ -54,7 +54,7 @@ class Orders:
         probe: digest of the head that `p_safe` must come from, or None.
 
     Raises:
-        ValueError: signals that no sentry measures, ids that carry two, or `p_safe` without a probe.
+        ValueError: signals that no sentry measures, ids that carry two or are no ids, or `p_safe` without a probe.
     """
 
     cues: CueSpec
@@ -69,6 +69,9 @@ class Orders:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.reports) - set(MEASURED)):
             raise ValueError(f"a sentry measures {', '.join(MEASURED)}, not {', '.join(unknown)}")
+        for name, found in (("eos", self.eos), ("start", (self.start,)), ("reports", tuple(self.reports.values()))):
+            if wrong := [i for i in found if type(i) is not int or i < 0]:
+                raise ValueError(f"{name} takes whole numbers from 0 on, not {wrong[0]!r}")
         if len(set(self.reports.values())) < len(self.reports) or set(self.reports.values()) & set(self.eos):
             raise ValueError(f"each report needs an id of its own that ends no turn; got {dict(self.reports)}")
         if "p_safe" in self.reports and self.probe is None:

@@ -6,7 +6,9 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from langchain_earlyexit import asks
 from langchain_earlyexit.answers import FORMS, AnswerForm
@@ -111,6 +113,7 @@ class Settings:
             raise TypeError(f"unknown keyword(s) for ChatEarlyExit: {', '.join(unknown)}; known are {known}")
         if stop is not None:
             given["stop"] = stop
+        given = {name: _read(name, value) for name, value in given.items()}
         if "stop" in given:
             given["stop"] = as_stop(given["stop"])
         if "exit_policy" in given:
@@ -129,6 +132,24 @@ class Settings:
 
 
 NAMES = tuple(f.name for f in fields(Settings))
+
+_OF_OTHER_CHECKS = ("exit_policy", "answer_form")
+_READERS: Mapping[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(kind)
+    for name, kind in {**get_type_hints(Settings), "stop": str | Sequence[str] | None}.items()
+    if name not in _OF_OTHER_CHECKS
+}
+
+
+def _read(name: str, value: Any) -> Any:
+    """A setting of a call, read as the constructor reads it: numbers may come as text, as in a web form's JSON."""
+    if name in _OF_OTHER_CHECKS:
+        return value
+    try:
+        return _READERS[name].validate_python(value)
+    except ValidationError as error:
+        said = dict.fromkeys(told["msg"] for told in error.errors())
+        raise ValueError(f"{name}={value!r} cannot be meant: {'; '.join(said)}") from None
 
 
 def only_one(given: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any, Literal, cast
 
 from langchain_core.exceptions import OutputParserException
-from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.output_parsers import BaseTransformOutputParser
+from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.output_parsers import BaseCumulativeTransformOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
-from langchain_core.runnables.config import run_in_executor
 from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ValidationError
@@ -26,7 +24,7 @@ Method = Literal["function_calling", "json_schema", "json_mode"]
 METHODS: tuple[Method, ...] = ("function_calling", "json_schema", "json_mode")
 
 
-class StructuredAnswer(BaseTransformOutputParser[Any]):
+class StructuredAnswer(BaseCumulativeTransformOutputParser[Any]):
     """The value that a message holds. A message that was cut off holds none: nothing is guessed from half of it.
 
     While it streams, dicts grow; a pydantic model is made of the whole message only, for half a number is valid too.
@@ -49,7 +47,8 @@ class StructuredAnswer(BaseTransformOutputParser[Any]):
             OutputParserException: it holds none, or one that the model's own validators refuse.
         """
         message = cast("ChatGeneration", result[0]).message
-        if partial:
+        # Core calls every message of a stream partial, the last one too, and those that come in one piece.
+        if partial and isinstance(message, AIMessageChunk) and message.chunk_position != "last":
             return self._half(message)
         try:
             value = self._arguments(message) if self.tool else _whole(message)
@@ -57,23 +56,9 @@ class StructuredAnswer(BaseTransformOutputParser[Any]):
             raise OutputParserException(_why(message, error)) from error
         return self._made(value, message.text)
 
-    def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[Any]:
-        growing = _Growing(self)
-        for piece in input:
-            yield from growing.add(piece)
-        yield from growing.end()
-
-    async def _atransform(self, input: AsyncIterator[str | BaseMessage]) -> AsyncIterator[Any]:
-        growing = _Growing(self)
-        async for piece in input:
-            for value in await run_in_executor(None, growing.add, piece):
-                yield value
-        for value in await run_in_executor(None, growing.end):
-            yield value
-
     def _arguments(self, message: BaseMessage) -> Any:
-        calls = message.tool_calls if isinstance(message, AIMessage) else []
-        for call in calls:
+        # Of a message that comes in one piece, a stream's parser is given a copy that is no AIMessage.
+        for call in getattr(message, "tool_calls", ()):
             if call["name"] == self.tool:
                 return call["args"]
         raise ValueError(f"there is no call of {self.tool!r} in it")
@@ -98,35 +83,6 @@ class StructuredAnswer(BaseTransformOutputParser[Any]):
             raise OutputParserException(
                 f"{self.model.__name__}'s own validators refuse the answer's value: {error}", llm_output=text
             ) from error
-
-
-@dataclass
-class _Growing:
-    """The values of a message that comes in pieces."""
-
-    parser: StructuredAnswer
-    message: Any = None
-    shown: Any = None
-
-    def add(self, piece: Any) -> list[Any]:
-        """The value so far, where that is a new one."""
-        self.message = piece if self.message is None else self.message + piece
-        return self._new(partial=True)
-
-    def end(self) -> list[Any]:
-        """The value of the whole, where it was not shown yet.
-
-        Raises:
-            OutputParserException: it holds none.
-        """
-        return [] if self.message is None else self._new(partial=False)
-
-    def _new(self, *, partial: bool) -> list[Any]:
-        value = self.parser.parse_result([ChatGeneration(message=self.message)], partial=partial)
-        if value is None or value == self.shown:
-            return []
-        self.shown = value
-        return [value]
 
 
 def _whole(message: BaseMessage) -> Any:

@@ -12,9 +12,10 @@ processors. Probes: LYNX, arXiv 2512.05325. Margins: ThinkBrake, arXiv 2510.0054
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from langchain_earlyexit.vllm_sentries import PROBE_VARIABLE, Greeter, Sentries,
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
@@ -76,8 +79,9 @@ class EarlyExitProcessor(LogitsProcessor):  # type: ignore[misc]
             raise ValueError(f"this request's early exit needs the probe with digest {wanted}, but this server {held}")
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self._config = vllm_config.model_config
         self._sentries = sentries()
+        self._vocabulary = int(vllm_config.model_config.get_vocab_size())
+        self._codec = _codec(vllm_config)  # now: within a step, everybody would wait for it
 
     def is_argmax_invariant(self) -> bool:
         """No: a token may be forced."""
@@ -94,9 +98,11 @@ class EarlyExitProcessor(LogitsProcessor):  # type: ignore[misc]
             batch.pop(i, None)
             text = (params.extra_args or {}).get(ARGUMENT)
             if text == HELLO:
-                batch[i] = Greeter()
-            elif text is not None:
-                batch[i] = self._watched(text, prompt, output)
+                # Without tokenizer or hooks there is no early exit here: who asks is not greeted, and asks for no more.
+                if self._codec is not None and self._sentries.hooked:
+                    batch[i] = Greeter()
+            elif text is not None and (watched := self._watched(text, prompt, output)) is not None:
+                batch[i] = watched
         for i, j, way in batch_update.moved:
             one, other = batch.pop(i, None), batch.pop(j, None)
             if one is not None:
@@ -109,24 +115,38 @@ class EarlyExitProcessor(LogitsProcessor):  # type: ignore[misc]
         self._sentries.force(logits)
         return logits
 
-    def _watched(self, text: str, prompt: list[int] | None, output: list[int]) -> Watched:
-        orders = Orders.from_json(text)
+    def _watched(self, text: str, prompt: list[int] | None, output: list[int]) -> Watched | None:
+        """None where no report can be written: this model does not have the ids that they are to be written on."""
         tokens = (prompt or [], output)
+        orders: Orders | None = None
         try:
+            orders = Orders.from_json(text)
+            largest = max((*orders.eos, *orders.reports.values()))
+            if largest >= self._vocabulary:
+                raise ValueError(f"orders name token {largest}, but this model has {self._vocabulary}")
+            if self._codec is None:
+                raise RuntimeError("there is no tokenizer to read tokens with")
             if prompt is None:
                 raise RuntimeError("the prompt came as embeddings: there are no tokens to follow")
             went_on = orders.start < len(prompt) or bool(output)
-            model = self._config
-            codec = _codec(model.tokenizer, model.tokenizer_revision, model.trust_remote_code)
-            return Watched(orders, Sentry(orders, codec, watching=went_on), tokens, orders.start)
+            return Watched(orders, Sentry(orders, self._codec, watching=went_on), tokens, orders.start)
         except Exception:  # noqa: BLE001 - see Sentries
             self._sentries.tell()
+            if orders is None or max(orders.reports.values(), default=0) >= self._vocabulary:
+                return None
             return Watched(orders, None, tokens, orders.start)
 
 
-@lru_cache(maxsize=1)
-def _codec(tokenizer: str, revision: str | None, trust_remote_code: bool) -> Codec:
+def _codec(config: VllmConfig) -> Codec | None:
+    """Of the server's tokenizer; None, and a warning, where there is none to load: a server may run without one."""
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer, revision=revision, trust_remote_code=trust_remote_code)
-    return Codec(loaded)
+    model = config.model_config
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
+        )
+        return Codec(loaded)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the server can serve those who want none of this
+        _LOG.warning("no tokenizer could be loaded from %s: early exit is off (%s)", model.tokenizer, error)
+        return None

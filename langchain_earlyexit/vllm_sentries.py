@@ -4,8 +4,9 @@ Per pass the hidden states of the sequences that are watched are read, by forwar
 the head reads; at a cue all sequences that have one are scored together, the score is written where the client asked
 for it, and a sequence whose policy leaves is ended. See `sentry` for what travels how.
 
-An error here never reaches the engine: it is logged once, the sentry of that sequence is stood down, and its client is
-told. Probes: LYNX, arXiv 2512.05325. Margins: ThinkBrake, arXiv 2510.00546.
+An error here never reaches the engine: it is logged once, the sentry of that sequence is stood down (of all sequences,
+where the pass itself cannot be read), and its client is told. Probes: LYNX, arXiv 2512.05325. Margins: ThinkBrake,
+arXiv 2510.00546.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from langchain_earlyexit.engines.identity import checkpoint_weights
+from langchain_earlyexit.engines.model import KEPT
+from langchain_earlyexit.engines.taps import block_at, decoder_blocks
 from langchain_earlyexit.fingerprint import refuse_mismatch
 from langchain_earlyexit.probe import Probe
 from langchain_earlyexit.sentry import Orders, Report, Sentry, greeting, rounded, told
@@ -34,9 +38,6 @@ _LOG: Final = logging.getLogger(__name__)
 
 PROBE_VARIABLE: Final = "EARLYEXIT_PROBE"
 """Environment variable: the directory of the head to serve."""
-
-KEPT: Final = 64
-"""Positions whose states are kept per sequence: a cue, and what precedes it, is not longer."""
 
 
 class _State(NamedTuple):
@@ -75,6 +76,12 @@ class Watched:
             raise RuntimeError(f"token {index} is not known yet")
         return found
 
+    def stand_down(self) -> None:
+        """Follow it no more."""
+        self.sentry, self.leaves = None, False
+        self.states.clear()
+        self.margins.clear()
+
 
 @dataclass(eq=False)
 class Greeter:
@@ -102,7 +109,7 @@ class Sentries:
 
     Attributes:
         batch: by row of the batch, who brought orders or asked who is there.
-        hooked: whether the model can be followed.
+        hooked: whether the model can be followed; where it is not, nobody greets, and clients ask for nothing.
     """
 
     def __init__(self, probe: Probe | None) -> None:
@@ -118,7 +125,7 @@ class Sentries:
     # --- the model --------------------------------------------------------------------------------------------------
 
     def hook(self, model: nn.Module, config: VllmConfig) -> None:
-        """Put the hooks on a model that has just been loaded.
+        """Put the hooks on a model that has just been loaded; log why not where it cannot be followed.
 
         Raises:
             ValueError: a probe for another width, or where hooks on layers would not be run.
@@ -127,6 +134,15 @@ class Sentries:
         head = next((m for name, m in model.named_children() if name == "logits_processor"), None)
         if head is None:
             _LOG.warning("%s has no logits_processor module: early exit is off", type(model).__name__)
+            return
+        if not config.model_config.enforce_eager:
+            # A pass that is replayed from a graph runs no hooks, and a sentry would follow half of the passes.
+            if self.probe is not None:
+                raise ValueError(
+                    f"{PROBE_VARIABLE} is set, but a compiled model runs no hooks on its layers: start the server "
+                    f"with --enforce-eager, or without {PROBE_VARIABLE}"
+                )
+            _LOG.warning("a compiled model cannot be followed: early exit is off without --enforce-eager")
             return
         if self.probe is not None:
             self._hook_layers(model, config, int(text.num_hidden_layers), int(text.hidden_size))
@@ -137,21 +153,15 @@ class Sentries:
     def _hook_layers(self, model: nn.Module, config: VllmConfig, count: int, width: int) -> None:
         probe = self.probe
         assert probe is not None  # noqa: S101 - checked by the caller
-        if not config.model_config.enforce_eager:
-            raise ValueError(
-                f"{PROBE_VARIABLE} is set, but a compiled model runs no hooks on its layers: start the server with "
-                f"--enforce-eager, or without {PROBE_VARIABLE}"
-            )
         self._refuse_other_model(probe, config)
         if probe.width != width:
             raise ValueError(f"{probe!r} reads states of width {probe.width}, but this model's are {width} wide")
-        layers = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        layers = decoder_blocks(model, count)
         if not layers:
             raise ValueError(f"{type(model).__name__} has no list of its {count} decoder layers to read states from")
-        # As the engine at home counts: 0.5 of 32 layers is the output of the 16th block.
-        self._blocks = tuple(min(count - 1, max(0, round(depth * count) - 1)) for depth in probe.layers)
+        self._blocks = tuple(block_at(depth, count) for depth in probe.layers)
         for block in sorted(set(self._blocks)):
-            layer = layers[0][block]
+            layer = layers[block]
             if type(layer).__name__ == "PPMissingLayer":
                 raise ValueError(
                     "the layers that the probe reads lie on several pipeline stages; use tensor parallelism"
@@ -206,12 +216,11 @@ class Sentries:
                 raise RuntimeError("the model was not called with input_ids and positions")
             rows: list[int] = []
             for i, (one, sentry) in watched.items():
-                start, end = starts[i], starts[i + 1]
-                first = int(positions[..., start].flatten()[0])
-                span = _Span(one, sentry, start, end, first, ids[start:end].tolist())
-                self._spans[i] = span
-                if self._blocks:
-                    kept = max(start, end - KEPT, start + one.orders.start - span.first)
+                with self._alone(one):
+                    start, end = starts[i], starts[i + 1]
+                    first = int(positions[..., start].flatten()[0])
+                    kept = max(start, end - KEPT, start + one.orders.start - first) if self._blocks else end
+                    self._spans[i] = _Span(one, sentry, start, end, first, ids[start:end].tolist())
                     rows += range(min(kept, end), end)
             if rows:
                 self._index = torch.tensor(rows, device=positions.device)
@@ -221,38 +230,36 @@ class Sentries:
     def _after(self, _head: nn.Module, _inputs: Any, logits: Tensor | None) -> Tensor | None:
         """Follow the watched sequences through this pass, and write down what their checks have measured."""
         spans, self._spans = self._spans, {}
-        lost = [i for i, one in self.batch.items() if isinstance(one, Watched) and one.sentry is None]
-        if logits is None or not (spans or lost):
+        watched = {i: one for i, one in self.batch.items() if isinstance(one, Watched)}
+        if logits is None or not (spans or any(one.sentry is None for one in watched.values())):
             return logits
+        reports: dict[int, dict[str, Report]] = {}
         try:
             self._keep_states(spans)
-            checks = {i: signals for i, span in spans.items() if (signals := self._follow(span, logits[i])) is not None}
+            checks: dict[int, dict[str, float]] = {}
+            for i, span in spans.items():
+                with self._alone(span.watched):
+                    if (signals := self._follow(span, logits[i])) is not None:
+                        checks[i] = signals
             reports = self._score(spans, checks)
         except Exception:  # noqa: BLE001 - see above
             self._lose_all()
-            reports, lost = {}, [*lost, *spans]
-        for i in lost:
-            one = self.batch[i]
-            if isinstance(one, Watched):
+        for i, one in watched.items():
+            if one.sentry is None:
                 reports[i] = dict.fromkeys(one.orders.reports, Report(math.nan, failed=True))
         if not reports:
             return logits
         logits = logits.float()  # half precision could not hold a report
         for i, said in reports.items():
-            one = self.batch[i]
-            if isinstance(one, Watched):
-                self._write(logits[i], one, said)
+            with self._alone(watched[i]):
+                self._write(logits[i], watched[i], said)
         return logits
 
     def _write(self, row: Tensor, one: Watched, said: Mapping[str, Report]) -> None:
-        try:
-            ids = torch.tensor([one.orders.reports[signal] for signal in said], device=row.device)
-            row[ids] = -math.inf
-            norm = torch.logsumexp(row, dim=-1)
-            row[ids] = norm + torch.tensor([told(*pair) for pair in said.items()], device=row.device)
-        except Exception:  # noqa: BLE001 - see above
-            self.tell()
-            one.sentry, one.leaves = None, False
+        ids = torch.tensor([one.orders.reports[signal] for signal in said], device=row.device)
+        shares = torch.tensor([told(*pair) for pair in said.items()], device=row.device)
+        row[ids] = -math.inf
+        row[ids] = torch.logsumexp(row, dim=-1) + shares
 
     def _keep_states(self, spans: Mapping[int, _Span]) -> None:
         if self._index is None:
@@ -296,16 +303,20 @@ class Sentries:
             # One copy from the device for all of them.
             states = torch.stack([state.rows[state.row] for state in present.values()]).float().cpu().numpy()
             for i, state in zip(present, states, strict=True):
-                checks[i]["p_safe"] = self.probe.p_safe(state)
+                with self._alone(spans[i].watched):
+                    checks[i]["p_safe"] = self.probe.p_safe(state)
         for i in asked.keys() - present.keys():
             checks[i]["p_safe"] = math.nan
         found: dict[int, dict[str, Report]] = {}
         for i, signals in checks.items():
             one, sentry = spans[i].watched, spans[i].sentry
-            # Decided on what the client will read, to the last bit.
-            values = {signal: rounded(signal, value) for signal, value in signals.items()}
-            one.leaves = sentry.measured(values)
-            found[i] = {signal: Report(value, one.leaves) for signal, value in values.items()}
+            if one.sentry is None:  # lost by its score
+                continue
+            with self._alone(one):
+                # Decided on what the client will read, to the last bit.
+                values = {signal: rounded(signal, value) for signal, value in signals.items()}
+                one.leaves = sentry.measured(values)
+                found[i] = {signal: Report(value, one.leaves) for signal, value in values.items()}
         return found
 
     def _state(self, span: _Span) -> _State | None:
@@ -321,8 +332,17 @@ class Sentries:
         self._spans, self._index, self._outputs = {}, None, {}
         for one in self.batch.values():
             if isinstance(one, Watched):
-                one.sentry, one.leaves = None, False
-                one.states.clear()
+                one.stand_down()
+
+    @contextmanager
+    def _alone(self, one: Watched | Greeter) -> Iterator[None]:
+        """What goes wrong in here costs this sequence its sentry, and no other."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001 - see above
+            self.tell()
+            if isinstance(one, Watched):
+                one.stand_down()
 
     def tell(self) -> None:
         """Log the exception at hand, once per process."""
@@ -334,8 +354,8 @@ class Sentries:
 
     def force(self, logits: Tensor) -> None:
         """Leave one choice to the sequences that must end, and to those that are being greeted."""
-        try:
-            for i, one in self.batch.items():
+        for i, one in self.batch.items():
+            with self._alone(one):
                 only: int | None = None
                 if isinstance(one, Greeter):
                     said = greeting(None if self.probe is None else self.probe.digest)
@@ -344,10 +364,9 @@ class Sentries:
                 elif one.leaves:
                     only, one.leaves = one.orders.eos[0], False
                 if only is not None:
-                    logits[i] = -math.inf
-                    logits[i, only] = 0.0
-        except Exception:  # noqa: BLE001 - see above
-            self._lose_all()
+                    forced = torch.full_like(logits[i], -math.inf)
+                    forced[only] = 0.0
+                    logits[i] = forced  # whole, or not at all: a row without any token left could not be sampled
 
 
 def _query_starts() -> list[int] | None:

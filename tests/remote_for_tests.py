@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from langchain_earlyexit.codec import Codec
 from langchain_earlyexit.engines.function import byte_tokenizer
 from langchain_earlyexit.engines.program import Sample
 from langchain_earlyexit.sampling import Sampling, draw, pick_all
+from langchain_earlyexit.sentry import ARGUMENT, HELLO, Orders, Report, Sentry, greeting, rounded, told
 
 KINDS = ("vllm", "sglang", "llama.cpp")
 OWNERS = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}
@@ -22,7 +24,8 @@ OWNERS = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}
 @dataclass(eq=False)
 class FakeServer:
     """`failures` are answers given before any real one: (status, headers, message). `breaks` are numbers of tokens
-    after which a stream breaks off, one for each stream to come.
+    after which a stream breaks off, one for each stream to come. With a `probe` there is a plugin, and `states(ids)`
+    are the hidden states of the last id.
     """
 
     function: object
@@ -36,6 +39,8 @@ class FakeServer:
     deaf: bool = False
     api_key: str | None = None
     ignores: frozenset = frozenset()
+    probe: object = None
+    states: object = None
     failures: deque = field(default_factory=deque)
     breaks: deque = field(default_factory=deque)
     requests: list = field(default_factory=list)
@@ -126,8 +131,10 @@ class FakeServer:
         if isinstance(request, str):
             return self.reply(writer, 400, {"error": {"message": request, "code": 400}})
         if not body.get("stream"):
-            *events, _ = [event async for event in self.draw(request)]
-            return self.reply(writer, 200, json.loads(events[0]))
+            *events, _ = [json.loads(event) async for event in self.draw(request)]
+            choices = [event["choices"][0] for event in events]  # only vLLM is asked so
+            choices[0]["token_ids"] = [i for choice in choices for i in choice["token_ids"]]
+            return self.reply(writer, 200, events[0])
         return await self.stream(writer, reader, request)
 
     def reply(self, writer, status, told, extra=()):
@@ -173,12 +180,10 @@ class FakeServer:
         else:
             card["max_model_len"] = self.context
         known = {"/v1/models": {"object": "list", "data": [card]}}
-        if self.kind == "vllm":
-            known["/version"] = {"version": "0.32.0"}
         if self.kind == "sglang":
-            known["/get_server_info"] = {"version": "0.5.6", "enable_deterministic_inference": self.seeds}
+            known["/get_server_info"] = {"enable_deterministic_inference": self.seeds}
         if self.kind == "llama.cpp":
-            known["/props"] = {"default_generation_settings": {"n_ctx": self.context}, "build_info": "b7000"}
+            known["/props"] = {"default_generation_settings": {"n_ctx": self.context}}
         return known.get(path)
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -209,6 +214,7 @@ class FakeServer:
             "allow": None if "allowed_token_ids" in self.ignores else body.get("allowed_token_ids"),
             "watch": [] if "logprob_token_ids" in self.ignores else watch or [],
             "top": 0 if watch else size if logprobs == -1 else logprobs,
+            "orders": None if self.probe is None else body.get("vllm_xargs", {}).get(ARGUMENT),
         }
 
     def read_generate(self, body):
@@ -247,18 +253,24 @@ class FakeServer:
             bits[allow] = 1
             allow = np.packbits(bits, bitorder="little").tobytes()
         drawn = []
+        orders, plugin = request.get("orders"), None
+        if orders not in (None, HELLO):
+            plugin = Plugin(self, Orders.from_json(orders), ids)
         for n in range(request["most"]):
             logits = np.asarray(self.function(ids), dtype=np.float32)[None]
             op = Sample(0, request["sampling"], frozenset(request["forbid"]), allow=allow)
             token = pick_all(logits, [op], [draw(request["seed"], n)])[0]
+            id_ = greeting(self.probe.digest)[n] if orders == HELLO else token.id
             self.generated += 1
             raw = logits[0].astype(np.float64)
             raw -= raw.max()
             raw -= np.log(np.exp(raw).sum())
+            if plugin is not None and plugin.writes(ids, raw):
+                id_ = self.eos
             best = np.argsort(-raw, kind="stable")[: request["top"]]
-            drawn.append((token.id, float(raw[token.id]), [(int(i), float(raw[i])) for i in best], raw))
-            ids.append(token.id)
-            reason = "stop" if token.id == self.eos else "length" if n + 1 == request["most"] else None
+            drawn.append((id_, float(raw[id_]), [(int(i), float(raw[i])) for i in best], raw))
+            ids.append(id_)
+            reason = "stop" if id_ == self.eos and orders != HELLO else "length" if n + 1 == request["most"] else None
             yield json.dumps(getattr(self, "tell_" + self.kind.replace(".", "_"))(request, drawn, reason))
             await asyncio.sleep(0)
             if reason:
@@ -302,3 +314,31 @@ class FakeServer:
         id_, logprob, top, _ = drawn[-1]
         told = {"id": id_, "logprob": logprob, "top_logprobs": [{"id": i, "logprob": p} for i, p in top]}
         return {"content": "", "tokens": [id_], "stop": False, "completion_probabilities": [told]}
+
+
+class Plugin:
+    """A real sentry beside one sequence: what `vllm_sentries` does in a batch."""
+
+    def __init__(self, server, orders, prompt):
+        self.probe, self.states, self.orders = server.probe, server.states, orders
+        self.sentry = Sentry(orders, Codec(server.tokenizer), watching=orders.start < len(prompt))
+        self.seen, self.margins = orders.start, {}
+
+    def writes(self, ids, raw):
+        """Put the reports among the log-probabilities of what comes after `ids`; whether the sequence ends here."""
+        sentry = self.sentry
+        for token in ids[self.seen :]:
+            sentry.push(token)
+        self.seen = len(ids)
+        self.margins[sentry.pushed] = float(raw.max() - raw[list(sentry.end_ids)].max())
+        signals = {}
+        if "end_margin" in sentry.wanted:
+            signals["end_margin"] = self.margins.get(sentry.hit.position, float("nan"))
+        if "p_safe" in sentry.wanted:
+            end = sentry.hit.end if self.probe.position == "cue" else sentry.hit.position
+            signals["p_safe"] = self.probe.p_safe(self.states(ids[: self.orders.start + end]))
+        values = {signal: rounded(signal, value) for signal, value in signals.items()}
+        left = sentry.hit is not None and sentry.measured(values)
+        for signal, value in values.items():
+            raw[self.orders.reports[signal]] = told(signal, Report(value, left))
+        return left

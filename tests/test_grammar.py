@@ -1,9 +1,11 @@
 """Grammars: what cannot be kept is refused, and what finishes under one is valid, whatever the model."""
 
+import gc
 import json
 import math
 import random
 import re
+import sys
 from decimal import Decimal
 from itertools import product
 
@@ -11,6 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 import random_schemas
+from llguidance.hf import from_tokenizer
 from tokenizers_for_tests import byte_level, sentencepiece, word_level
 
 from langchain_earlyexit import ChatEarlyExit, FunctionEngine
@@ -70,6 +73,8 @@ class TestRefusals:
             ({"type": "object", "minProperties": 3}, "minProperties"),
             ({"type": "integer", "exclusiveMinimum": True}, "draft 4"),
             ({"$ref": "https://elsewhere.test/schema"}, "elsewhere.test"),
+            ({"properties": {"a": {"$ref": "#/x/y"}}, "x": {"y": {}}}, "at #/properties/a, the keyword '$ref' holds"),
+            ({"$ref": "#/x/y", "x": {"y": {"const": 2**53 + 1}}}, "put what it names under '$defs'"),
             ({"type": "integer", "minimum": 5, "maximum": 2}, "Unsatisfiable"),
             (
                 {"required": ["a"], "patternProperties": {"^a$": {}}, "additionalProperties": False},
@@ -83,13 +88,22 @@ class TestRefusals:
         ],
     )
     def test_a_keyword_that_cannot_be_enforced_is_named_with_its_place(self, schema, says):
-        with pytest.raises(ValueError, match=says.replace("(", "\\(")) as refused:
+        with pytest.raises(ValueError, match=re.escape(says)) as refused:
             checked(schema, "tool 'f'")
         assert "tool 'f'" in str(refused.value)
 
     def test_names_of_properties_are_not_keywords(self):
         tidy = checked({"properties": {"not": {"type": "string"}, "if": {"type": "integer"}}}, "x")
         assert set(tidy["properties"]) == {"not", "if"}
+
+    @pytest.mark.parametrize(
+        "ref", ["#", "#/$defs/D", "#/%24defs/D", "#/$defs/D/items", "#/properties/b", "#/properties/c/anyOf/1"]
+    )
+    def test_a_reference_to_any_schema_within_is_kept(self, ref):
+        defs = {"D": {"type": "array", "items": {"type": "string"}}}
+        others = {"b": {"type": "boolean"}, "c": {"anyOf": [{"type": "integer"}, {"type": "null"}]}}
+        schema = {"type": "object", "properties": {"a": {"$ref": ref}, **others}, "$defs": defs}
+        assert checked(schema, "x")["properties"]["a"] == {"$ref": ref}
 
     @pytest.mark.parametrize("pattern", ["^a", "^(a|b)$"])
     def test_a_pattern_that_leaves_other_names_is_kept(self, pattern):
@@ -206,6 +220,58 @@ class TestGrammars:
         assert np.flatnonzero(
             np.unpackbits(np.frombuffer(grammar.start('"ab"').allowed(), np.uint8), bitorder="little")
         ) == [tokenizer.eos_token_id]
+
+
+def test_closed_models_leave_nothing_of_their_tokenizers_behind(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        "langchain_earlyexit.grammar.from_tokenizer",
+        lambda *args, **named: read.append(from_tokenizer(*args, **named)) or read[-1],
+    )
+    TestNumbersEnd().said({"type": "number", "minimum": 7.5, "maximum": 9.375})
+    gc.collect()
+    [reader] = read
+    del read[:]
+    assert sys.getrefcount(reader) == 2  # our name for it, and the argument
+
+
+class TestControlTokens:
+    """`</think>` is one of the byte tokenizer."""
+
+    @pytest.mark.parametrize(
+        "schema",
+        [
+            {"const": {"title": "a</think>b"}},
+            {"enum": [1, {"default": ["</think>"]}]},
+            {"const": {"x</think>": 1}},
+            {"properties": {"</think>": {"type": "string"}}},
+            {"properties": {"title": {"const": "</think>"}}},
+            {"type": "object", "required": ["</think>"]},
+            {"type": "object", "patternProperties": {"^</think>": {"type": "string"}}},
+            {"type": "array", "items": {"pattern": "^</think>$", "type": "string"}},
+            {"$ref": "#/$defs/D", "$defs": {"D": {"const": "</think>"}}},
+        ],
+        ids=str,
+    )
+    def test_that_an_answer_would_have_to_spell_are_refused_before_it_begins(self, schema):
+        grammars = Grammars(byte_tokenizer(), frozenset({END_OF_TURN}))
+        with pytest.raises(ValueError, match="'</think>' is a control token"):
+            grammars.schema(checked(schema, "x"))
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"examples": ["a</think>b"]},
+            {"default": {"x": "</think>", "y": ["</think>"]}},
+            {"title": "</think>", "description": "</think>", "$comment": "</think>"},
+        ],
+        ids=str,
+    )
+    def test_that_no_answer_has_to_spell_do_no_harm(self, said):
+        grammars = Grammars(byte_tokenizer(), frozenset({END_OF_TURN}))
+        inner = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"], **said}
+        grammar = grammars.schema(checked({"type": "array", "items": inner, **said}, "x"))
+        assert takes_whole(grammar, '[{"x": "b"}]')
 
 
 def fond_of_digits(tokenizer, digit="3"):

@@ -1,6 +1,9 @@
 """`calibration=`, `confidence=`, `audit_rate=` and efforts on a chat model: what runs, and what is promised."""
 
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,7 +11,7 @@ from blockbuster import blockbuster_ctx
 from langchain_core.messages import HumanMessage, SystemMessage
 from reasoners_for_tests import tiny_reasoner
 
-from langchain_earlyexit import DEER, TEXT, ChatEarlyExit, FunctionEngine, Never, replay
+from langchain_earlyexit import DEER, TEXT, ChatEarlyExit, FunctionEngine, Never, loading, replay
 from langchain_earlyexit.asks import FREE, Asks
 from langchain_earlyexit.engines.function import byte_tokenizer, scripted
 from langchain_earlyexit.guarantee import Calibration, Level, Setting, with_policy
@@ -130,6 +133,30 @@ class TestConfidence:
         for given, policy in ((DEER(0.5), "DEER(threshold=0.5)"), (None, "Never()")):
             told = record(promised.invoke(QUESTION, exit_policy=given))
             assert (told["policy"], told["confidence"], told["guarantee"]) == (policy, None, None)
+
+
+def test_first_calls_that_come_together_are_served_by_one_calibration(artifact, tmp_path, monkeypatch):
+    (tmp_path / "earlyexit").mkdir()
+    artifact.save(tmp_path / "earlyexit" / "calibration.json")
+    together, served, ours = threading.Barrier(3), [], engine()
+
+    def slow(*args, **kwargs):
+        time.sleep(0.3)  # the others come meanwhile
+        served.append(Promises(*args, **kwargs))
+        return served[-1]
+
+    monkeypatch.setattr(loading, "acquire", lambda **_: ours)
+    monkeypatch.setattr(loading, "release", lambda _: None)
+    monkeypatch.setattr(loading, "Promises", slow)
+    llm = chat(engine="transformers", model=str(tmp_path), confidence=0.9)
+
+    def ask(_):
+        together.wait()
+        return record(llm.invoke(QUESTION))["guarantee"]["epsilon"]
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(ask, range(3))) == [0.1] * 3
+    assert len(served) == 1
 
 
 class TestEffort:

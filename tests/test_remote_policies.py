@@ -7,8 +7,9 @@ import pytest
 from engines_for_tests import hashed, settle
 from pydantic import BaseModel
 from remote_for_tests import KINDS, FakeServer
+from test_lynx import some_probe
 
-from langchain_earlyexit import DEER, EAT, AnswerConvergence, ChatEarlyExit, CoDEStop, FirstOf, Never, ThinkBrake
+from langchain_earlyexit import DEER, EAT, LYNX, AnswerConvergence, ChatEarlyExit, CoDEStop, FirstOf, Never, ThinkBrake
 from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer, scripted
 from langchain_earlyexit.engines.vllm import VLLMEngine
 from langchain_earlyexit.policies import GiveUp
@@ -53,16 +54,31 @@ POLICIES = [
     EAT(threshold=0.05, alpha=0.5, min_checks=2),
     GiveUp(),
     FirstOf(DEER(0.98), AnswerConvergence(3)),
+    LYNX(0.0),
+    LYNX(0.5),
+    LYNX(1.0),
+    GiveUp(0.6, 1, 2, "p_safe"),
+    FirstOf(LYNX(0.9), DEER(0.96)),
+    FirstOf(LYNX(0.9), ThinkBrake(1.0)),
 ]
-LACKING = {"sglang": {"end_entropy"}}
+LACKING = {"vllm": {"p_safe"}, "sglang": {"p_safe", "end_entropy"}, "llama.cpp": {"p_safe"}}
+WATCHED = "vllm with the plugin"
+PROBE = some_probe()
 
 
-@pytest.fixture(scope="module", params=KINDS)
+def states(ids):
+    """Of the last id, [layers, width]."""
+    return np.random.default_rng([7, len(ids), *ids[-4:]]).normal(0, 0.1, (2, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=[*KINDS, WATCHED])
 def pair(request):
     function = reasoner()
-    server = FakeServer(function, kind=request.param)
+    watched = {"probe": PROBE, "states": states} if request.param == WATCHED else {}
+    server = FakeServer(function, kind=request.param.partition(" ")[0], **watched)
     far = VLLMEngine(server.url, "served", tokenizer=byte_tokenizer())
     near = FunctionEngine(function)
+    near._model.hidden = lambda cache, position: states(cache[: position + 1])
     yield server, far, near
     far.close()
     near.close()
@@ -90,11 +106,13 @@ def same(far, near):
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_texts_checks_signals_and_exits_are_those_of_the_local_engine(pair, policy):
     server, far, near = pair
-    if policy.needs & LACKING.get(server.kind, set()):
-        with pytest.raises(ValueError, match=r"EAT.*needs end_entropy, which the engine 'sglang' does not tell"):
-            ChatEarlyExit(engine=far, exit_policy=policy)
+    lacking = policy.needs & LACKING[server.kind] if server.probe is None else set()
+    probe = {"probe": PROBE} if "p_safe" in policy.needs else {}
+    if lacking:
+        with pytest.raises(ValueError, match=f"needs {min(lacking)}, which the engine '{server.kind}' does not tell"):
+            ChatEarlyExit(engine=far, exit_policy=policy, **probe)
         return
-    (there, told), (here, expected) = run(far, exit_policy=policy), run(near, exit_policy=policy)
+    (there, told), (here, expected) = run(far, exit_policy=policy), run(near, exit_policy=policy, **probe)
     assert there.content == here.content
     assert there.additional_kwargs["reasoning_content"] == here.additional_kwargs["reasoning_content"]
     assert told["trace"]["checks"] or policy == Never()
@@ -109,6 +127,17 @@ def test_texts_checks_signals_and_exits_are_those_of_the_local_engine(pair, poli
     assert told["speculated_tokens"] >= expected["speculated_tokens"]
 
 
+def test_the_probe_that_a_server_has_may_be_given_here_too_and_another_is_refused_with_both_named(pair):
+    server, far, _ = pair
+    if server.probe is None:
+        pytest.skip("there is no plugin")
+    (here, told), (there, twin) = run(far, exit_policy=LYNX(0.5), probe=PROBE), run(far, exit_policy=LYNX(0.5))
+    assert (here.content, told["trace"]) == (there.content, twin["trace"])
+    other = some_probe("before")
+    with pytest.raises(ValueError, match=f"digest='{other.digest}'.* is not the probe .* digest is '{PROBE.digest}'"):
+        run(far, exit_policy=LYNX(0.5), probe=other)
+
+
 def test_the_policies_above_do_leave_and_not_all_at_the_same_place(pair):
     _, far, _ = pair
     places = {run(far, exit_policy=policy)[1]["thinking_tokens"] for policy in (DEER(0.9), DEER(0.98), ThinkBrake(2.0))}
@@ -116,15 +145,16 @@ def test_the_policies_above_do_leave_and_not_all_at_the_same_place(pair):
     assert all(run(far, exit_policy=policy)[1]["exited"] for policy in (DEER(0.9), ThinkBrake(2.0)))
 
 
-def test_margins_of_a_sampled_trunk_are_read_on_forks_and_are_the_same(pair):
-    _, far, near = pair
+def test_margins_of_a_sampled_trunk_are_the_same_and_are_read_on_forks_where_no_plugin_tells_them(pair):
+    server, far, near = pair
     # Its own tokens have practically all the probability, so both engines sample the same chain.
     settings = {"exit_policy": ThinkBrake(0.0), "temperature": 0.05, "seed": 3}
     (there, told), (here, expected) = run(far, **settings), run(near, **settings)
     assert there.content == here.content
     margins = [check["signals"]["end_margin"] for check in told["trace"]["checks"]]
     assert margins == pytest.approx([check["signals"]["end_margin"] for check in expected["trace"]["checks"]], abs=1e-3)
-    assert told["trial_tokens"] == len(margins) > 1
+    assert len(margins) > 1
+    assert told["trial_tokens"] == (len(margins) if server.probe is None else 0)
 
 
 def test_looking_leaves_no_mark_on_a_sampled_chain(pair):

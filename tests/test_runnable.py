@@ -78,6 +78,18 @@ class TestConfigurable:
         with pytest.raises(ValueError, match="thinking_budget must be -1"):
             llm.invoke(QUESTION, config={"configurable": {"budget": -7}})
 
+    def test_a_value_of_another_type_is_read_as_the_constructor_reads_it_or_refused_by_name(self):
+        fields = ("shadow", "max_tokens", "thinking_budget", "stop")
+        llm = chat(exit_policy=DEER(0.0)).configurable_fields(**{name: ConfigurableField(id=name) for name in fields})
+        run = {"shadow": "false", "max_tokens": "50", "thinking_budget": "20", "stop": "4"}
+        for message in (llm.invoke(QUESTION, {"configurable": run}), llm.invoke(QUESTION, **run)):
+            told = record(message)
+            assert (told["reason"], told["budget"], message.text) == ("confident", 20, "The answer is")
+        for name, bad in (("shadow", "maybe"), ("max_tokens", "many"), ("thinking_budget", 3.5)):
+            for refused in ({"config": {"configurable": {name: bad}}}, {name: bad}):
+                with pytest.raises(ValueError, match=rf"^{name}={bad!r} cannot be meant: Input should be a valid"):
+                    llm.invoke(QUESTION, **refused)
+
     def test_models_can_be_alternatives_of_each_other(self):
         llm = chat().configurable_alternatives(
             ConfigurableField(id="llm"), default_key="four", five=chat(Steps("It is 5."))
@@ -105,6 +117,7 @@ class TestConfigurable:
         assert (record(message)["policy"], message.text) == (repr(DEER()), "The answer is")
         message = llm.invoke(QUESTION, config={"configurable": {"care": "much", "ends": ["is", "4"]}})
         assert (record(message)["policy"], message.text) == ("Never()", "The answer")
+        assert llm.invoke(QUESTION, config={"configurable": {"ends": []}}).text == "The answer is 4."
 
     def test_more_fields_can_be_opened_later(self):
         llm = chat().configurable_fields(thinking_budget=ConfigurableField(id="budget")).bind_tools([add])
@@ -273,6 +286,14 @@ class TestInit:
         assert ChatPromptTemplate.from_messages(["{question}"]).pipe(llm).OutputType
         with pytest.raises(ValueError, match="lets no run name one"):
             init_chat_model(configurable_fields=["temperature"])
+
+    @pytest.mark.parametrize("fields", [None, ["model"], ["model", "thinking_budget"]])
+    def test_a_provider_may_be_named_before_the_model_is(self, fields):
+        llm = init_chat_model(model_provider="earlyexit", engine=chat().engine, configurable_fields=fields)
+        run = {"configurable": {"model": "org/model"}}
+        assert llm.invoke(QUESTION, run).response_metadata["model_name"] == "org/model"
+        with pytest.raises(ValueError, match=r"name one in config\['configurable'\]\['model'\]"):
+            llm.invoke(QUESTION)
 
     def test_bad_fields_and_a_prefix_for_none_are_errors(self):
         with pytest.raises(ValueError, match=r"names \['budgets'\], which ChatEarlyExit has not"):

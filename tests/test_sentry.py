@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from reasoners_for_tests import tiny_reasoner
 from test_lynx import BASE, CODEC, ids_kept, some_probe
 
+from langchain_earlyexit.binding import Binding
 from langchain_earlyexit.controller import program
 from langchain_earlyexit.cues import CueSpec
+from langchain_earlyexit.engines.function import FunctionEngine
 from langchain_earlyexit.engines.program import Checked, Done
 from langchain_earlyexit.policies import DEER, LYNX, FirstOf, GiveUp, ThinkBrake, wanted_kinds
 from langchain_earlyexit.sentry import Orders, Report, Sentry, greeted, greeting, heard, rounded, told
@@ -149,6 +151,15 @@ def test_orders_survive_their_json_and_say_what_is_wrong_with_others():
         orders_of(request, reports={"p_safe": 1, "end_margin": 1})
     with pytest.raises(ValueError, match="without the digest"):
         orders_of(request, probe=None)
+    for name, wrong in (
+        ("start", 10.5),
+        ("start", True),
+        ("eos", (2, -1)),
+        ("eos", ("2",)),
+        ("reports", {"p_safe": 1.0}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} takes whole numbers from 0 on, not"):
+            orders_of(request, **{name: wrong})
 
 
 def test_a_policy_that_needs_a_trial_is_not_asked_to_leave_on_its_own():
@@ -158,18 +169,30 @@ def test_a_policy_that_needs_a_trial_is_not_asked_to_leave_on_its_own():
     assert left is None
 
 
-def test_a_request_whose_score_could_not_come_home_is_refused_and_so_is_one_for_another_probe():
+def test_a_request_whose_score_could_not_come_home_is_refused_whether_or_not_the_probe_is_given_here():
     request = replace(BASE, policy=LYNX(0.5), sentry=PROBE.digest)
     assert set(request.orders.reports.values()) < CODEC.special - CODEC.eos
     assert request.orders.policy == LYNX(0.5)
     crowded = copy.copy(CODEC)
     crowded.special = CODEC.eos
-    with pytest.raises(ValueError, match="has none to spare"):
-        replace(request, codec=crowded)
-    with pytest.raises(ValueError, match=f"given here has digest {PROBE.digest}, but the server's has 0123"):
-        replace(request, probe=PROBE, sentry="0123456789abcdef")
+    for probe in (None, PROBE):
+        with pytest.raises(ValueError, match="has none to spare"):
+            replace(request, codec=crowded, probe=probe)
     assert replace(request, shadow=True).orders.policy is None
     assert replace(request, policy=FirstOf(LYNX(0.5), DEER())).orders.policy is None
+
+
+@pytest.mark.parametrize("held", ["0123456789abcdef", ""])
+def test_a_probe_that_is_not_the_one_its_server_has_is_refused_with_both_named(held):
+    engine = FunctionEngine(lambda ids: np.zeros(261, np.float32))
+    try:
+        engine.sentry = PROBE.digest
+        assert Binding.of(engine, PROBE).probe is PROBE
+        engine.sentry = held
+        with pytest.raises(ValueError, match=f"digest='{PROBE.digest}'.* is not the probe .* digest is '{held}'"):
+            Binding.of(engine, PROBE)
+    finally:
+        engine.close()
 
 
 @given(st.lists(st.integers(0, 50000), min_size=21, max_size=21))

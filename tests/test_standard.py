@@ -56,8 +56,7 @@ class TestIntegration(_Standard, ChatModelIntegrationTests):
     def model(self, request):
         """Jokes and foreign names, which the pocket was never taught, are asked for without thinking.
 
-        So it passes `test_structured_output_optional_param` and `test_unicode_tool_call_integration` with 20 of 20
-        seeds. Where it thinks about them first, it loses its way with 3 and with 8 of 20.
+        Where it thinks about them first, it can lose its way.
         """
         asked = UNTAUGHT.get(request.function.__name__, {})
         return self.chat_model_class(**self.chat_model_params, **asked)
@@ -65,8 +64,8 @@ class TestIntegration(_Standard, ChatModelIntegrationTests):
     @pytest.mark.xfail(
         strict=True,
         raises=OutputParserException,
-        reason="the pocket writes JSON under a schema, but was not taught to take keys from a question: 0 of 60 tries, "
-        "thinking or not, had both keys. SmolLM2-135M-Instruct can: see test_slow.py; the oracle does below",
+        reason="the pocket writes JSON under a schema, but was not taught to take keys from a question, "
+        "thinking or not. SmolLM2-135M-Instruct can: see test_slow.py; the oracle does below",
     )
     def test_json_mode(self, model):
         super().test_json_mode(model)

@@ -1,7 +1,9 @@
 """The plugin beside a stand-in for vLLM's runner: batches that come, move and go, prompts in pieces, and errors."""
 
+import dataclasses
 import enum
 import importlib
+import json
 import math
 import sys
 import types
@@ -149,7 +151,7 @@ class Sequence:
 class Runner:
     """The order of calls is that of vLLM's V1 runner."""
 
-    def __init__(self, plugin, probe=PROBE, piece=100):
+    def __init__(self, plugin, probe=PROBE, piece=100, codec=CODEC):
         self.plugin, self.piece = plugin, piece
         plugin.sentries.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
@@ -159,11 +161,12 @@ class Runner:
             model_config=types.SimpleNamespace(
                 hf_text_config=types.SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH), enforce_eager=True,
                 model="nowhere", tokenizer="nowhere", tokenizer_revision=None, trust_remote_code=False,
-                dtype=torch.float32,
+                dtype=torch.float32, get_vocab_size=lambda: len(BYTES),
             )
         )  # fmt: skip
-        self.processor = plugin.EarlyExitProcessor(config, torch.device("cpu"), False)
-        plugin._codec = lambda *_: CODEC
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plugin, "_codec", lambda _: codec)
+            self.processor = plugin.EarlyExitProcessor(config, torch.device("cpu"), False)
         self.model = Model()
         self.sentries.hook(self.model, config)
         self.batch = []
@@ -357,6 +360,94 @@ def test_an_error_is_logged_once_stands_the_sentries_down_tells_their_clients_an
     while fresh.forced is None:
         runner.step()
     assert fresh.heard[len(fresh.output) - 1]["p_safe"].left
+
+
+def broken(*_):
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"eos": (10**6,)}, True),
+        ({"reports": {"p_safe": 10**6}}, False),
+        ({"reports": {}, "eos": (10**6,)}, False),
+        ({"end": 5}, True),
+        ({"start": 10.5}, False),
+        ("push", True),
+        ("measured", True),
+    ],
+    ids=str,
+)
+def test_whoever_brings_bad_orders_or_has_a_sentry_that_breaks_costs_the_others_nothing(plugin, changes, told):
+    runner = Runner(plugin)
+    prompt, script = range(20, 30), CODEC.encode(TEXT + 20 * ".")
+    good = Sequence("good", prompt, script, ordered(prompt))
+    bad = Sequence("bad", prompt, script, ordered(prompt, LYNX(0.0)))
+    if isinstance(changes, dict):
+        bad.params.extra_args[ARGUMENT] = json.dumps(json.loads(bad.params.extra_args[ARGUMENT]) | changes)
+    runner.step(add=[bad, good])
+    if isinstance(changes, str):
+        setattr(runner.sentries.batch[0].sentry, changes, broken)
+    while len(good.output) < len(TEXT):
+        runner.step()
+    assert checks_of(good) == pytest.approx({n: p for n, p in expected(good, TEXT).items() if n < len(TEXT)}, abs=1e-5)
+    assert len(checks_of(good)) == 3
+    assert bad.output == good.output  # nothing was forced
+    last = bad.heard[len(bad.output) - 1]
+    assert last["p_safe"].failed if told else not any(bad.heard.values())
+
+
+def test_a_row_that_cannot_be_forced_is_left_as_it_was_and_the_others_are_forced(plugin):
+    runner = Runner(plugin)
+    first, second = (Sequence(name, range(20, 30), CODEC.encode(TEXT), ordered(range(10))) for name in "ab")
+    runner.step(add=[first, second])
+    a, b = (runner.sentries.batch[i] for i in range(2))
+    a.leaves = b.leaves = True
+    a.orders = dataclasses.replace(a.orders, eos=(10**6,))
+    logits = torch.zeros(2, len(BYTES))
+    runner.sentries.force(logits)
+    assert torch.equal(logits[0], torch.zeros(len(BYTES)))
+    assert torch.isfinite(logits[1]).nonzero().flatten().tolist() == [EOS]
+    assert (a.sentry, b.sentry is None) == (None, False)
+
+
+def test_who_asks_a_server_that_can_follow_nothing_is_not_greeted(plugin, caplog):
+    runner = Runner(plugin, probe=None)
+    config = types.SimpleNamespace(
+        model_config=types.SimpleNamespace(hf_text_config=types.SimpleNamespace(), enforce_eager=False)
+    )
+    runner.sentries.hooked = False
+    runner.sentries.hook(Model(), config)
+    assert "early exit is off without --enforce-eager" in caplog.text
+    runner.sentries.hook(nn.Sequential(), config)
+    assert "has no logits_processor module: early exit is off" in caplog.text
+    for one in (runner, Runner(plugin, codec=None)):
+        asking = Sequence("hello", [5], [7] * 40, HELLO)
+        for _ in range(25):
+            one.step(add=[asking] if asking not in one.batch else [])
+        assert asking.output == [7] * 25
+        assert greeted(tuple(asking.output[:21])) == (False, None)
+
+
+def test_who_brings_orders_to_a_server_without_a_tokenizer_is_told(plugin):
+    runner = Runner(plugin, codec=None)
+    watched = Sequence("watched", range(20, 30), CODEC.encode(TEXT), ordered(range(10), LYNX(0.0)))
+    runner.step(add=[watched])
+    runner.step()
+    assert all(told["p_safe"].failed for told in watched.heard.values())
+
+
+def test_the_tokenizer_is_loaded_when_the_server_starts_and_one_that_cannot_be_stops_no_server(
+    plugin, caplog, tmp_path
+):
+    BYTES.save_pretrained(tmp_path / "there")
+    model = types.SimpleNamespace(tokenizer_revision=None, trust_remote_code=False, get_vocab_size=lambda: len(BYTES))
+    for name in ("there", "not there"):
+        model.tokenizer = str(tmp_path / name)
+        processor = plugin.EarlyExitProcessor(types.SimpleNamespace(model_config=model), torch.device("cpu"), False)
+        assert (processor._codec is None) == (name == "not there")
+    assert "no tokenizer could be loaded from" in caplog.text
 
 
 def test_it_greets_with_the_digest_of_its_probe(plugin):

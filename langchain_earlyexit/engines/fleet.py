@@ -47,7 +47,7 @@ class Fleet:
             )
         most = math.ceil(_SLACK * (1 + sum(server.load for server in usable)) / len(usable))
         chosen = next((server for server in usable if server.load < most), usable[0])
-        return Seat(self, chosen, order)
+        return Seat(chosen, order)
 
 
 class Seat:
@@ -57,8 +57,7 @@ class Seat:
         server: the one it has now.
     """
 
-    def __init__(self, fleet: Fleet, server: Server, order: Sequence[Server]) -> None:
-        self._fleet = fleet
+    def __init__(self, server: Server, order: Sequence[Server]) -> None:
         self._order = order
         self.server = server
         server.load += 1

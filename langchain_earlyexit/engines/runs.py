@@ -144,9 +144,11 @@ class Run:
         """The program is over: nothing of it is held any more, and its reader is told."""
         self.branches.clear()
         self.waiting = []
-        with contextlib.suppress(Exception):  # a program that fails while it is being closed has nobody left to tell
-            self.program.close()
-        self.channel.finish(error)
+        try:
+            with contextlib.suppress(Exception):  # what fails while it is being closed has nobody left to tell
+                self.program.close()
+        finally:
+            self.channel.finish(error)
 
 
 def drop(model: Model, branch: Branch, length: int) -> None:

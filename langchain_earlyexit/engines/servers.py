@@ -32,13 +32,11 @@ class Known:
     Attributes:
         dialect: how it is asked, and what it lacks.
         context: most tokens that prompt and answer can have together, or None.
-        version: as it says itself, "" if it does not.
         sentry: digest of the probe that its sentry has, "" for a sentry without, None for no sentry.
     """
 
     dialect: Dialect
     context: int | None
-    version: str
     sentry: str | None = None
 
 
@@ -60,25 +58,22 @@ async def meet(wire: Wire, server: Server, tokenizer: Any, model: str, kind: str
     kind = kind or _kind(server, cards)
     card = _card(server, cards, model)
     name = str(card["id"])
-    version, context, vocabulary = "", card.get("max_model_len"), len(tokenizer)
+    context, vocabulary = card.get("max_model_len"), len(tokenizer)
     lacks: dict[str, str] = {}
     sentry: str | None = None
-    ids = check_ids(tokenizer)
     text = check_text(tokenizer)
+    ids = list(map(int, tokenizer(text, add_special_tokens=False)["input_ids"]))
     if kind == "vllm":
         lacks = await _ask_vllm(wire, server, name, text, ids)
         sentry = await _greeted(wire, server, name, ids)
-        version = str((await _optional(wire, server, "/version")).get("version", ""))
     elif kind == "sglang":
         about = await _optional(wire, server, "/get_server_info")
-        version = str(about.get("version", ""))
         if not about.get("enable_deterministic_inference"):
             lacks["seed"] = "this SGLang ignores seeds; start it with --enable-deterministic-inference"
         told = await wire.ask(server, "/tokenize", {"model": name, "prompt": text, "add_special_tokens": False})
         _agree(server, ids, told["tokens"])
     else:
         about = await _optional(wire, server, "/props")
-        version = str(about.get("build_info", ""))
         context = about.get("default_generation_settings", {}).get("n_ctx", context)
         vocabulary = int((card.get("meta") or {}).get("n_vocab", vocabulary))
         told = await wire.ask(server, "/tokenize", {"content": text, "add_special": False, "parse_special": True})
@@ -90,18 +85,13 @@ async def meet(wire: Wire, server: Server, tokenizer: Any, model: str, kind: str
         dialect.lacks["p_safe"] = (
             "the server's plugin has no probe: start it with EARLYEXIT_PROBE naming the probe's directory"
         )
-    return Known(dialect, None if context is None else int(context), version, sentry)
+    return Known(dialect, None if context is None else int(context), sentry)
 
 
 def check_text(tokenizer: Any) -> str:
     """Text that tells tokenizers apart: digits, other scripts, and the added tokens."""
     added = sorted((int(i), str(token)) for i, token in tokenizer.added_tokens_decoder.items())
     return _SAMPLE + "".join(token for _, token in added[-_CONTROLS:])
-
-
-def check_ids(tokenizer: Any) -> list[int]:
-    """`check_text` as this tokenizer reads it."""
-    return list(map(int, tokenizer(check_text(tokenizer), add_special_tokens=False)["input_ids"]))
 
 
 async def _ask_vllm(wire: Wire, server: Server, name: str, text: str, ids: Sequence[int]) -> dict[str, str]:
@@ -144,10 +134,10 @@ async def _ask_vllm(wire: Wire, server: Server, name: str, text: str, ids: Seque
             "/v1/completions",
             {"model": name, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "logprobs": -1},
         )
-    except ValueError:
+    except ValueError as error:
         lacks["end_entropy"] = (
-            "this server tells the log-probabilities of its likeliest tokens only; start vLLM with --max-logprobs -1, "
-            "or take ThinkBrake or DEER"
+            "this server does not tell the log-probabilities of its whole vocabulary; start vLLM with "
+            f"--max-logprobs -1, or take ThinkBrake or DEER ({error})"
         )
     return lacks
 

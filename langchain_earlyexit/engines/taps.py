@@ -28,13 +28,22 @@ class Tapped(NamedTuple):
     length: int
 
 
+def decoder_blocks(model: nn.Module, count: int) -> Sequence[nn.Module]:
+    """A causal LM's decoder blocks: its first module list of `count`, its configured layers. Empty if it has none."""
+    return next((list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), [])
+
+
+def block_at(depth: float, count: int) -> int:
+    """The block whose output stands for a relative depth: 0.5 of 32 layers is the output of the 16th."""
+    return min(count - 1, max(0, round(depth * count) - 1))
+
+
 class Taps:
-    """The decoder blocks of a causal LM, found as its one module list of the configured length."""
+    """The decoder blocks of a causal LM, see `decoder_blocks`."""
 
     def __init__(self, model: Any) -> None:
         self.layers = int(model.config.get_text_config().num_hidden_layers)
-        found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.layers]
-        self._blocks: Sequence[nn.Module] = list(found[0]) if found else ()
+        self._blocks: Sequence[nn.Module] = decoder_blocks(model, self.layers)
         self._known: dict[tuple[float, ...], tuple[int, ...]] = {}
 
     def close(self) -> None:
@@ -42,10 +51,10 @@ class Taps:
         self._blocks = ()
 
     def block(self, depth: float) -> int:
-        """The block whose output stands for a relative depth: 0.5 of 32 layers is the output of the 16th."""
+        """See `block_at`."""
         if not self._blocks:
             raise NotImplementedError("hidden states were asked for, but this model has no list of decoder layers")
-        return min(self.layers - 1, max(0, round(depth * self.layers) - 1))
+        return block_at(depth, self.layers)
 
     @contextmanager
     def watch(self, blocks: Iterable[int]) -> Iterator[dict[int, Tensor]]:

@@ -32,6 +32,9 @@ from langchain_earlyexit.engines.streams import Channel, EventStream
 from langchain_earlyexit.engines.wire import Circuit, Patience, Server, Wire
 from langchain_earlyexit.sampling import Sampling
 
+_CONNECTIONS = 256
+"""That are open at once; a program takes one for its trunk and one for each trial."""
+
 _BREATH = 32
 """Steps of a program after which others have their turn, where its tokens have all come already."""
 
@@ -64,9 +67,11 @@ class _Run:
     def end(self) -> None:
         """Nothing of it goes on, and its reader is told."""
         self.branches.end()
-        with contextlib.suppress(Exception):  # a program that fails while it is being closed has nobody left to tell
-            self.program.close()
-        self.channel.finish(self.error)
+        try:
+            with contextlib.suppress(Exception):  # what fails while it is being closed has nobody left to tell
+                self.program.close()
+        finally:
+            self.channel.finish(self.error)
 
 
 class VLLMEngine:
@@ -82,14 +87,12 @@ class VLLMEngine:
         patience: how long a failing server is borne with.
         kind: "vllm", "sglang" or "llama.cpp" where a proxy hides it; None to ask.
         max_running: programs that run at once; more wait in line, first come first served.
-        connections: that are open at once; a program takes one for its trunk and one for each trial.
         tokenizer: a Hugging Face tokenizer, where it is not to be loaded.
         revision: of `model` on the hub.
         trust_remote_code: passed on to `from_pretrained`.
 
     Attributes:
         lacks: what these servers cannot do, and why: names of signals, "seed", "grammar". See `dialects`.
-        version: of the server, as it says itself.
         sentry: digest of the probe that the servers' plugin has, "" for a plugin without, None for no plugin.
 
     Raises:
@@ -106,7 +109,6 @@ class VLLMEngine:
         patience: Patience | None = None,
         kind: str | None = None,
         max_running: int = 64,
-        connections: int = 256,
         tokenizer: Any = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -129,14 +131,13 @@ class VLLMEngine:
         self._closed = False
         self._thread = LoopThread("earlyexit-vllm")
         try:
-            self._wire, self._places = self._thread.call(_plumbing(patience, api_key, connections, max_running))
+            self._wire, self._places = self._thread.call(_plumbing(patience, api_key, max_running))
             known = self._thread.call(self._connect())
         except BaseException:
             self._thread.stop()
             raise
         self._dialect: Dialect = known.dialect
         self.name = known.dialect.kind
-        self.version = known.version
         self.context_length = known.context
         self.lacks = dict(known.dialect.lacks)
         self.sentry = known.sentry
@@ -306,11 +307,9 @@ def _counted(event: Event, branches: Branches) -> Event:
     return replace(event, speculated_tokens=event.speculated_tokens + branches.wasted)
 
 
-async def _plumbing(
-    patience: Patience, api_key: str | None, connections: int, places: int
-) -> tuple[Wire, asyncio.Semaphore]:
+async def _plumbing(patience: Patience, api_key: str | None, places: int) -> tuple[Wire, asyncio.Semaphore]:
     """What belongs to an event loop is made in it."""
-    return Wire(patience, api_key, connections), asyncio.Semaphore(places)
+    return Wire(patience, api_key, _CONNECTIONS), asyncio.Semaphore(places)
 
 
 def _root(url: str) -> str:

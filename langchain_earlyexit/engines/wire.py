@@ -33,14 +33,12 @@ class Fault(ConnectionError):
 
     Attributes:
         after: seconds that the server asks to be left alone for, or None.
-        busy: it is well, and has too much to do.
         moved: another server is asked next: there is nothing to wait for.
     """
 
-    def __init__(self, told: str, *, after: float | None = None, busy: bool = False) -> None:
+    def __init__(self, told: str, *, after: float | None = None) -> None:
         super().__init__(told)
         self.after = after
-        self.busy = busy
         self.moved = False
 
 
@@ -223,11 +221,10 @@ class Wire:
     def _judge(self, server: Server, path: str, response: httpx.Response) -> None:
         status = response.status_code
         if status in _PASSING:
-            busy = status in _BUSY
-            if not busy:
+            if status not in _BUSY:  # one that is busy is well
                 server.circuit.broke()
             told = f"{server.url}{path} answers {status}: {_message(response)}"
-            raise Fault(told, after=_after(response), busy=busy)
+            raise Fault(told, after=_after(response))
         server.circuit.worked()
         if status == httpx.codes.OK:
             return
