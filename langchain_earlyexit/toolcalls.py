@@ -68,8 +68,13 @@ class CallFormat:
         return json.dumps(name, ensure_ascii=False)[1:-1] if self.opening.endswith('"') else name
 
     def unnamed(self, text: str) -> str:
-        """The name that `text` writes."""
-        return str(json.loads(f'"{text}"')) if self.opening.endswith('"') else text
+        """The name that `text` writes; `text` itself, which no tool is called, where that is not how JSON has it."""
+        if not self.opening.endswith('"'):
+            return text
+        try:
+            return str(json.loads(f'"{text}"'))
+        except ValueError:
+            return text
 
     def text(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """Calls (`name`, and `arguments` as a dict or as JSON text) as a model writes them."""

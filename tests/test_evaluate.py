@@ -12,7 +12,7 @@ from langchain_earlyexit.lab.live import Live
 from langchain_earlyexit.lab.outcomes import Closing, Outcome, read_outcomes, replayed
 from langchain_earlyexit.lab.replays import Collection, agreement, choose, curve, oracle, oracle_curve, reliability
 from langchain_earlyexit.lab.table import Evaluation, Table
-from langchain_earlyexit.policies import DEER, LYNX, CoDEStop, Never, ThinkBrake
+from langchain_earlyexit.policies import DEER, LYNX, CoDEStop, Never, ProbeThenTrial, ThinkBrake
 from langchain_earlyexit.trace import Check, Trace
 
 CUES = json.dumps({"words": ["wait"], "min_gap": 8})
@@ -170,6 +170,14 @@ class TestChoosing:
 
     def test_tolerance_buys_boldness(self):
         assert choose(collection(EASY, REPAIRED), self.PATH, 0.5) == DEER(0.7)
+
+    def test_settings_that_leave_at_one_check_differ_in_the_trials_before_it(self):
+        checks = check(20, 0.5, "7", p_safe=0.8), check(50, 0.5, "7", p_safe=0.995)
+        doubtful = question("doubtful", *checks, answer="7", gold="7")
+        asking, silent = ProbeThenTrial(0.99, 0.6, 0.9), ProbeThenTrial(0.99, 0.9, 0.9)
+        tokens, _ = collection(doubtful).tallies([asking, silent])
+        assert tokens[0, 0] > tokens[1, 0]
+        assert choose(collection(doubtful), [asking, silent], 0.0) == silent
 
     def test_never_where_nothing_keeps_it(self):
         lost = question("lost", check(20, 1.0, "3"), answer="4", gold="4")

@@ -111,6 +111,10 @@ class TestFormats:
             assert calls_of(pieces) is None
             assert not isinstance(_lenient("".join(piece.arguments for piece in pieces)), dict)
 
+    def test_a_name_that_is_no_json_string_is_one_that_no_tool_has(self):
+        text = HERMES.text([{"name": "add", "arguments": {"a": 5}}]).replace('"add"', '"add"x"')
+        assert read_calls(HERMES, text) == ({"name": 'add"x', "arguments": {"a": 5}},)
+
     def test_the_template_s_text_tells_the_format(self):
         qwen = '{% if tools %}<tools>{% endfor %}</tools> <tool_call>\n{"name": …}\n</tool_call>'
         assert find_format(qwen).name == "hermes"

@@ -38,6 +38,7 @@ from langchain_earlyexit.policies import (
     GiveUp,
     Never,
     Policy,
+    ProbeThenTrial,
     ThinkBrake,
     wanted_kinds,
 )
@@ -82,10 +83,15 @@ def candidates() -> dict[str, tuple[Policy, ...]]:
     settled = (path_of(EAT(alpha=alpha, min_checks=least)) for alpha in (0.1, 0.3) for least in (2, 3, 4))
     hopeless = [GiveUp(patience=patience, min_checks=patience) for patience in (1, 2, 3)]
     pairs = product(path_of(DEER())[1::4], (one for policy in hopeless for one in path_of(policy)[8::8]))
+    staged = product((0.001, 0.003, 0.01, 0.03), (0.03, 0.1, 0.3, 0.6), (0.001, 0.003, 0.01, 0.03, 0.1))
     return {
         "DEER": path_of(DEER()),
         "CoDE-Stop": (*together, *apart),
         "LYNX": path_of(LYNX()),
+        "ProbeThenTrial": (
+            Never(),
+            *(ProbeThenTrial(1 - sure, 1 - ask, 1 - doubt) for sure, ask, doubt in staged if sure <= ask),
+        ),
         "AnswerConvergence": path_of(AnswerConvergence()),
         "ThinkBrake": path_of(ThinkBrake()),
         "EAT": tuple(policy for path in settled for policy in path),

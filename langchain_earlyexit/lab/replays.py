@@ -23,7 +23,7 @@ from langchain_earlyexit.lab.judge import Judge
 from langchain_earlyexit.lab.outcomes import ORACLE, Closing, Outcome, ended, left_at, replayed
 from langchain_earlyexit.lab.statistics import auroc
 from langchain_earlyexit.lab.table import Bin, Curve, Point, Reliability
-from langchain_earlyexit.policies import Never, Policy, replay
+from langchain_earlyexit.policies import Never, Policy, needs_at, replay
 from langchain_earlyexit.policy_json import kind_of
 from langchain_earlyexit.trace import Trace
 
@@ -118,14 +118,15 @@ class Collection:
         """
         for policy in {(kind_of(policy), policy.needs): policy for policy in path}.values():
             self.refuse_unfit(policy)
-        kinds = [(kind_of(policy), policy.needs) for policy in path]
+        kinds = [kind_of(policy) for policy in path]
         tokens = np.zeros((len(path), len(self.traces)))
         right = np.zeros_like(tokens, dtype=bool)
         for column, trace in enumerate(tqdm(self.traces, desc=title, unit="q", disable=not title)):
-            # Settings of one kind that leave at one check differ in nothing that is counted.
+            # Settings of one kind that leave at one check, having read the same, differ in nothing that is counted.
             known: dict[Any, tuple[int, bool]] = {}
             for row, (policy, at) in enumerate(zip(path, first_exits(path, trace), strict=True)):
-                key = (*kinds[row], at)
+                seen = trace.checks[: None if at is None else at + 1]
+                key = (kinds[row], at, tuple(needs_at(policy, check.kind, check.signals) for check in seen))
                 if key not in known:
                     found = replayed(policy, trace, at, self.closing, self.look)
                     known[key] = found.output_tokens, self.right(trace, found.answer)
