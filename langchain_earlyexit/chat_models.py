@@ -9,12 +9,12 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import get_config_list
+from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
 from langchain_core.runnables.utils import AnyConfigurableField
 from pydantic import PrivateAttr, model_validator
 
@@ -129,6 +129,34 @@ class ChatEarlyExit(Tooled, Copied, Fields):
         """
         wide = [{"max_concurrency": _BATCH_WIDTH, **one} for one in get_config_list(config, len(inputs))]
         return super().batch(inputs, cast("list[RunnableConfig]", wide), return_exceptions=return_exceptions, **kwargs)
+
+    def generate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """As every chat model's, but many questions share the model's passes instead of waiting for each other."""
+        ask = super().generate
+        if len(messages) < 2:
+            return ask(messages, stop, callbacks, **kwargs)
+        ids = [kwargs.pop("run_id", None), *[None] * (len(messages) - 1)]  # one id is the first run's, as in core
+        with ContextThreadPoolExecutor(min(len(messages), _BATCH_WIDTH)) as threads:
+            asked = [
+                threads.submit(ask, [one], stop, callbacks, run_id=id_, **kwargs)
+                for one, id_ in zip(messages, ids, strict=True)
+            ]
+            try:
+                results = [future.result() for future in asked]
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+        return LLMResult(
+            generations=[result.generations[0] for result in results],
+            llm_output=self._combine_llm_outputs([result.llm_output for result in results]),
+            run=[info for result in results for info in result.run or ()] or None,
+        )
 
     def configurable_fields(self, **kwargs: AnyConfigurableField) -> ConfiguredFields:
         """As every runnable's, and `bind_tools` and `with_structured_output` of what comes keep it configurable.

@@ -5,6 +5,7 @@ import gc
 import json
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -573,6 +574,25 @@ class TestBatches:
         engine._model.forward = lambda rows: (widest.append(len(rows)), forward(rows))[1]
         ChatEarlyExit(engine=engine).batch(["2 + 2?"] * 24)
         assert max(widest) > 12
+
+    def test_generate_shares_forward_passes_and_keeps_order_runs_and_errors(self):
+        tokenizer = byte_tokenizer()
+        engine = FunctionEngine(scripted(tokenizer, "It is 4.\n", "The answer is 4."), tokenizer)
+        widest = []
+        forward = engine._model.forward
+        engine._model.forward = lambda rows: (widest.append(len(rows)), forward(rows))[1]
+        llm, own = ChatEarlyExit(engine=engine), uuid.uuid4()
+        asked = [[HumanMessage("2 + 2?")], [SystemMessage("Be brief."), HumanMessage("2 + 2?")]] * 12
+        found = llm.generate(asked, run_id=own)
+        assert max(widest) > 12
+        assert [len(one) for one in found.generations] == [1] * 24
+        assert found.run[0].run_id == own
+        assert len({info.run_id for info in found.run}) == 24
+        prompts = [one[0].message.usage_metadata["input_tokens"] for one in found.generations]
+        assert prompts[0] < prompts[1]
+        assert prompts == prompts[:2] * 12
+        with pytest.raises(ValueError, match="max_tokens"):
+            llm.generate(asked, max_tokens=0)
 
     def test_max_concurrency_is_still_the_caller_s(self):
         tokenizer = byte_tokenizer()

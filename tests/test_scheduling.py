@@ -11,11 +11,12 @@ from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer
 from langchain_earlyexit.engines.model import Row
 from langchain_earlyexit.engines.packed import PackedModel
 from langchain_earlyexit.engines.pages import PAGE
-from langchain_earlyexit.engines.passes import MIXED
+from langchain_earlyexit.engines.passes import ALONE, MIXED, collect
 from langchain_earlyexit.engines.program import Answer, Close, Feed, Fork, Hidden, Open, Sample, Step
+from langchain_earlyexit.engines.runs import Run
 from langchain_earlyexit.engines.scheduler import ScheduledEngine
 from langchain_earlyexit.engines.separate import SeparateModel
-from langchain_earlyexit.engines.streams import STREAM_BOUND
+from langchain_earlyexit.engines.streams import STREAM_BOUND, Channel
 from langchain_earlyexit.sampling import Sampling
 
 SETTINGS = [Sampling(), SEEDED, Sampling(0.7, 0.9), Sampling(1.2, top_k=5), Sampling(1.0, min_p=0.1)]
@@ -135,6 +136,122 @@ def test_a_prompt_is_read_in_pieces_while_others_speak():
     shared = [rows for rows in widths if len(rows) == 2 and max(rows) > 1]
     assert sum(max(rows) for rows in shared) == 750
     assert all(min(rows) == 1 and max(rows) <= MIXED for rows in shared)
+    engine.close()
+
+
+def held_until(engine, ready):
+    """The ids of the rows of every pass; the first pass waits for `ready`."""
+    passes = []
+    inner = engine._model.forward
+
+    def forward(rows):
+        ready.wait(30)
+        passes.append([len(row.ids) for row in rows])
+        return inner(rows)
+
+    engine._model.forward = forward
+    return passes
+
+
+def test_a_prompt_that_nobody_waits_beside_is_read_in_large_pieces():
+    engine, ready = engine_of(), threading.Event()
+    ready.set()
+    passes = held_until(engine, ready)
+    list(engine.submit(talk(1, tuple(range(5, 255)) * 6)))
+    assert passes[:3] == [[ALONE], [ALONE], [1500 - 2 * ALONE]]
+    engine.close()
+
+
+def test_a_short_prompt_is_read_at_once_beside_a_long_one_that_came_first():
+    engine, ready = engine_of(), threading.Event()
+    passes = held_until(engine, ready)
+    streams = [engine.submit(talk(2, tuple(range(5, 255)) * 12)), engine.submit(talk(2, (5, 6, 7)))]
+    ready.set()
+    for stream in streams:
+        list(stream)
+    begun = next(i for i, rows in enumerate(passes) if len(rows) == 2)
+    assert begun <= 1
+    assert 3 in passes[begun]
+    assert all(max(rows) >= MIXED // 2 for rows in passes[: begun + 5])  # and the long one goes on
+    engine.close()
+
+
+def test_a_program_that_gave_its_memory_back_shares_it_among_its_branches_again():
+    def trial_beside(out):
+        yield Step((Open(0, tuple(range(5, 255)) + tuple(range(5, 75))), Sample(0)))
+        yield Step((Fork(0, 1, 5 * PAGE), Feed(1, (7, 8)), Sample(1), Sample(0)))
+        for _ in range(100):
+            inbox = yield Step((Sample(0), Sample(1)), (Answer("."),))
+            out.extend(token.id for token in inbox.results)
+
+    outs = [], []
+    for engine, out in zip((engine_of(), engine_of(pages=9)), outs, strict=True):
+        evicted = []
+        inner = engine._model.rewind
+        engine._model.rewind = lambda cache, n, inner=inner, evicted=evicted: (evicted.append(n), inner(cache, n))[1]
+        first, second = engine.submit(talk(3 * PAGE, (5, 6))), engine.submit(trial_beside(out))
+        list(first)
+        list(second)
+        engine.close()
+    assert 0 in evicted
+    assert outs[0] == outs[1]
+
+
+def test_a_request_that_fits_is_not_refused_for_what_a_cancelled_one_still_holds():
+    model = engine_of(pages=4)._model
+    held, waiting = (Run(talk(3, tuple(range(5, 205))), Channel(None)) for _ in range(2))
+    held.go_on(model)
+    fed = collect(model, [held], 8)
+    model.forward([one.row for one in fed])
+    held.branches[0].cached = 200
+    held.channel.cancelled = True
+    waiting.go_on(model)
+    assert [one.run for one in collect(model, [held, waiting], 8)] == [waiting]
+    assert not waiting.channel.done
+
+
+def test_room_that_cannot_be_had_changes_no_branch():
+    engine = engine_of()
+    expected, found = [], []
+    list(engine.submit(mixed(0, expected)))
+    model, failed = engine._model, []
+    forward, reserve, wide = model.forward, model._memory.reserve, [False]
+
+    def forward_and_tell(rows):
+        wide[0] = len(rows) > 1
+        return forward(rows)
+
+    def fail_for_many(top, most):
+        if wide[0]:
+            failed.append(top)
+            raise MemoryError("no room")
+        reserve(top, most)
+
+    model.forward, model._memory.reserve = forward_and_tell, fail_for_many
+    list(engine.submit(mixed(0, found)))  # a fork writes into the page that it shares
+    engine.close()
+    assert failed
+    assert found == expected
+
+
+def test_an_error_that_is_kept_holds_no_memory_of_those_that_ran_beside_it():
+    engine = engine_of()
+    engine._model._lean = None
+
+    def refuse(_module, given):
+        if 13 in given[0]:
+            raise ZeroDivisionError("thirteen")
+
+    handle = engine._model._model.get_input_embeddings().register_forward_pre_hook(refuse)
+    others = [engine.submit(talk(30, (5, 6, i), Sampling())) for i in range(20, 24)]
+    with pytest.raises(ZeroDivisionError, match="thirteen") as kept:
+        list(engine.submit(talk(4, (5, 13))))
+    for stream in others:
+        stream.cancel()
+    settle(lambda: engine.running == 0)
+    assert kept.value is not None
+    assert engine._model._book.used == 0
+    handle.remove()
     engine.close()
 
 

@@ -25,17 +25,29 @@ class Memory:
         self.capacity = 0
         self.page_bytes = 0
 
-    def prepare(self, growths: Sequence[Growth], top: int, most: int | None) -> None:
-        """Make room for pages below `top`, copy the shared pages that will be written into, clear the fresh ones.
+    def reserve(self, top: int, most: int | None) -> None:
+        """Make room for pages below `top`; where that fails, everything is as it was.
+
+        One tensor at a time is copied, and untouched memory costs nothing until it is written.
 
         Args:
-            growths: what is to be copied and cleared.
-            top: pages there are by now.
+            top: pages there are about to be.
             most: pages there may ever be; None for no bound.
         """
-        if top > self.capacity:
-            ahead = self.capacity + self.capacity // 2
-            self.resize(max(top, ahead if most is None else min(most, ahead)))
+        if top <= self.capacity:
+            return
+        ahead = self.capacity + self.capacity // 2
+        capacity = max(top, ahead if most is None else min(most, ahead))
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                if old is not None and len(old) < capacity:  # a layer may have grown before another failed to
+                    new = old.new_empty(capacity, *old.shape[1:])
+                    new[: len(old)] = old
+                    tensors[layer] = new
+        self.capacity = capacity
+
+    def prepare(self, growths: Sequence[Growth]) -> None:
+        """Copy the shared pages that will be written into, and clear the fresh ones."""
         copies = [copy for growth in growths for copy in growth.copies]
         fresh = [page for growth in growths for page in growth.fresh]
         if not copies and not fresh:
@@ -53,22 +65,20 @@ class Memory:
             if copies:
                 held[target] = held[source]
 
-    def resize(self, capacity: int, kept: Sequence[int] | None = None) -> None:
-        """Hold `capacity` pages, of which the first are those of `kept`, or else all that there were.
+    def spare(self, capacity: int) -> list[Tensor | None]:
+        """Tensors for `move`. To make them is what can fail."""
+        return [None if old is None else old.new_empty(capacity, *old.shape[1:]) for old in (*self.keys, *self.values)]
 
-        One tensor at a time is copied, and untouched memory costs nothing until it is written.
-        """
-        order = None if kept is None else torch.tensor(kept, dtype=torch.int64, device=self._device)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                if old is None:
-                    continue
-                new = old.new_empty(capacity, *old.shape[1:])
-                if order is None:
-                    new[: self.capacity] = old
-                else:
-                    torch.index_select(old, 0, order, out=new[: len(order)])
-                tensors[layer] = new
+    def move(self, kept: Sequence[int], spare: list[Tensor | None], capacity: int) -> None:
+        """Hold the pages `kept`, in this order, in tensors for `capacity` of them, and nothing else."""
+        order = torch.tensor(kept, dtype=torch.int64, device=self._device)
+        layers = len(self.keys)
+        for i, new in enumerate(spare):
+            tensors, layer = (self.keys, i) if i < layers else (self.values, i - layers)
+            old = tensors[layer]
+            if old is not None and new is not None:
+                torch.index_select(old, 0, order, out=new[: len(order)])
+                tensors[layer] = new  # one by one: the old one's memory goes before the next is written
         self.capacity = capacity
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,8 +169,9 @@ class PackedModel(Model):
 
     def _compact(self) -> None:
         """Put the pages in use side by side: they are read without a copy then, and the rest of the memory is free."""
-        kept = self._book.compact()
-        self._memory.resize(len(kept) + len(kept) // 2, kept)
+        capacity = self._book.used * 3 // 2
+        spare = self._memory.spare(capacity)  # before anything has a new number: it may fail
+        self._memory.move(self._book.compact(), spare, capacity)
 
     @property
     def page_bytes(self) -> int:
@@ -193,6 +194,9 @@ class PackedModel(Model):
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         if self._book.sparse:
             self._compact()
+        # Before any page changes hands: it may fail.
+        top = self._book.size_after([(row.cache.table, len(row.ids)) for row in rows])
+        self._memory.reserve(top, self._book.most)
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -204,7 +208,7 @@ class PackedModel(Model):
             total = table.length + len(row.ids)
             positions.extend(range(table.length, total))
             spans.append(Span(start, len(ids), table, total))
-        self._memory.prepare(growths, self._book.size, self._book.most)
+        self._memory.prepare(growths)
         run = Pass(self._memory, spans, self._device)
         last = None
         if len(spans) < len(ids):

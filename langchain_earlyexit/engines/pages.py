@@ -119,6 +119,12 @@ class Book:
         end = -(-(table.length + tokens) // PAGE)
         return max(0, end - len(table.pages)) + self._writes_into_shared(table)
 
+    def size_after(self, growing: Sequence[tuple[Table, int]]) -> int:
+        """Pages there will be, at most, when all these tables have grown by so many tokens."""
+        needed = sum(self.need(table, tokens) for table, tokens in growing)
+        most = self.used + needed if self.most is None else min(self.used + needed, self.most)
+        return max(self.size, most)
+
     def grow(self, table: Table, tokens: int) -> Growth:
         """Make room for `tokens` more; the caller has asked `need`."""
         copies = []

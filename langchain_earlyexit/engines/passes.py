@@ -33,11 +33,11 @@ def collect(model: Model, live: Sequence[Run], most_running: int) -> list[Fed]:
     """The rows of the next pass, of at most `most_running` programs, which stand in `live` in order of arrival."""
     ready = [run for run in live if run.waiting and not run.channel.full and not run.channel.stopped][:most_running]
     hungry = [(run, branch) for run in ready for branch in run.hungry(model)]
-    prompt_tokens = MIXED if any(branch.cached for _, branch in hungry) else ALONE
+    portions = _portions([branch for _, branch in hungry])
     fed: list[Fed] = []
     promised = 0
     for run, branch in hungry:
-        if run.channel.done:  # its other branch could not go on
+        if run.channel.done or not portions[id(branch)]:  # its other branch could not go on, or others read first
             continue
         starts = not branch.cached
         if starts:
@@ -46,23 +46,20 @@ def collect(model: Model, live: Sequence[Run], most_running: int) -> list[Fed]:
                 run.end(_too_large(model, whole))
                 continue
             branch.cached = model.adopt(branch.cache, branch.ids[: _adoptable(branch)])
+            if _waits_for_kin(model, run, branch):
+                continue
         missing = len(branch.ids) - branch.cached
-        # After a prompt come single tokens and forced phrases: these are never held back.
-        phrase = not starts and missing <= MIXED and not branch.prompt
-        tokens = missing if phrase else min(missing, prompt_tokens)
-        if not tokens:
-            continue
+        tokens = min(missing, portions[id(branch)])
         need = model.need(branch.cache, tokens)
         # Whoever starts beside others must have room to go on as well: it would be the first to lose it again.
         wanted = model.need(branch.cache, missing + MIXED) if starts and fed else need
-        if wanted > model.left() - promised and not _make_room(model, wanted + promised, run, live):
+        if wanted > model.left() - promised and not _make_room(model, wanted + promised, run, ready, live):
             if fed:
                 continue
-            # Nobody before it can go on, and nobody after it holds any memory: it has all there is.
+            # Nobody before it can go on, and nobody else holds any memory: it has all there is.
             run.end(_too_large(model, need + model.limit - model.left()))
             return []
         promised += need
-        prompt_tokens -= 0 if phrase else tokens
         ids = branch.ids[branch.cached : branch.cached + tokens]
         fed.append(Fed(run, branch, Row(branch.cache, ids, branch.layers)))
     return [one for one in fed if not one.run.channel.done]
@@ -73,11 +70,62 @@ def _adoptable(branch: Branch) -> int:
     return len(branch.ids) - (KEPT if branch.layers else 1)
 
 
-def _make_room(model: Model, wanted: int, run: Run, live: Sequence[Run]) -> bool:
-    """Take memory from programs that are paused, then from those that came after `run`, the latest first."""
-    paused = [other for other in live if other.channel.full and other is not run]
-    later = [other for other in live[live.index(run) + 1 :] if not other.channel.full]
-    return any(other.evict(model) and wanted <= model.left() for other in (*reversed(paused), *reversed(later)))
+def _portions(hungry: Sequence[Branch]) -> dict[int, int]:
+    """How many tokens each branch is fed, by its `id`.
+
+    After a prompt come single tokens and forced phrases: these are never held back. Of the room for prompts, half is
+    the first one's, so that it is never passed over; then the shortest go first, which wait the least for it.
+    """
+    missing = {id(branch): len(branch.ids) - branch.cached for branch in hungry}
+    reading = [branch for branch in hungry if not branch.cached or missing[id(branch)] > MIXED or branch.prompt]
+    if not reading:
+        return missing
+    room = ALONE if len(reading) == len(hungry) else MIXED
+    first, *others = map(id, reading)
+    told = dict.fromkeys(map(id, reading), 0)
+    told[first] = min(missing[first], room // 2)
+    room -= told[first]
+    for one in (*sorted(others, key=missing.__getitem__), first):
+        more = min(missing[one] - told[one], room)
+        told[one] += more
+        room -= more
+    return missing | told
+
+
+def _waits_for_kin(model: Model, run: Run, branch: Branch) -> bool:
+    """Let a branch that starts share what another of its program holds of the same beginning, as it did when it forked.
+
+    A program that had to give its memory back would take more of it than before, were each of its branches read alone.
+
+    Returns:
+        Whether another is about to read that beginning: the branch starts when it has.
+    """
+    ahead = True
+    for other in run.branches.values():
+        if other is branch:
+            ahead = False
+            continue
+        shared = min(_adoptable(branch), _alike(branch.ids, other.ids))
+        if shared <= branch.cached:
+            continue
+        if other.cached >= shared:
+            branch.cache, branch.cached = model.fork(other.cache, shared), shared
+        elif ahead and any(op.branch in run.branches and run.branches[op.branch] is other for _, op in run.waiting):
+            return True
+    return False
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _make_room(model: Model, wanted: int, run: Run, ready: Sequence[Run], live: Sequence[Run]) -> bool:
+    """Take memory from programs that are paused or must end, then from those after `run`, the latest first."""
+    among = {id(one) for one in ready}
+    idle = [other for other in live if id(other) not in among]
+    later = ready[next(i for i, one in enumerate(ready) if one is run) + 1 :]
+    return any(other.evict(model) and wanted <= model.left() for other in (*reversed(idle), *reversed(later)))
 
 
 def _too_large(model: Model, need: int) -> MemoryError:

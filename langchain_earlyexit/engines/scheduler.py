@@ -9,10 +9,10 @@ from __future__ import annotations
 import atexit
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -172,13 +172,15 @@ class ScheduledEngine:
 
     def _forward(self, fed: Sequence[Fed]) -> list[tuple[Sequence[Fed], NDArray[np.float32]]]:
         """The pass. Where it fails, each row is tried once by itself, to find out whose fault it is."""
+        logits = None
         try:
             logits = self._model.forward([one.row for one in fed])
         except BaseException as error:  # noqa: BLE001 - handed to the requests that cause it; the worker lives on
-            if len(fed) > 1:
-                return [part for one in fed if not one.run.channel.done for part in self._forward([one])]
-            fed[0].run.end(told(error))
-            return []
+            if len(fed) == 1:
+                fed[0].run.end(told(error))
+                return []
+        if logits is None:  # not within `except`: what is raised in there would hold on to all rows of this pass
+            return [part for one in fed if not one.run.channel.done for part in self._forward([one])]
         for one in fed:
             branch = one.branch
             branch.cached += len(one.row.ids)
@@ -252,18 +254,20 @@ def _seconds_until(deadlines: Iterable[float | None]) -> float | None:
 
 
 def told(error: BaseException) -> Exception:
-    """`error` for a reader, without the engine's own frames: these would keep the caches of a whole pass alive."""
-    if not isinstance(error, Exception):  # an exit or a cancellation is not the reader's
-        ended = RuntimeError(f"the request was ended by {type(error).__name__}: {error}")
-        ended.__cause__ = error.with_traceback(None)
-        return ended
-    return error.with_traceback(_beyond_engine(error.__traceback__))
-
-
-def _beyond_engine(trace: TracebackType | None) -> TracebackType | None:
-    while trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(__package__):
-        trace = trace.tb_next
-    return trace
+    """`error` for a reader, its traceback as a note: frames, and those that called them, keep a whole pass's caches."""
+    if error.__traceback__ is not None:
+        error.add_note("in the engine's thread:\n" + "".join(traceback.format_exception(error)))
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    if isinstance(error, Exception):
+        return error
+    ended = RuntimeError(f"the request was ended by {type(error).__name__}: {error}")  # that is not the reader's
+    ended.__cause__ = error
+    return ended
 
 
 def _at_exit(reference: weakref.ref[ScheduledEngine]) -> None:

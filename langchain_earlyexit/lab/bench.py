@@ -26,7 +26,7 @@ from langchain_earlyexit.engines.local import LocalSettings, load
 from langchain_earlyexit.engines.packed import PackedModel
 from langchain_earlyexit.engines.pages import PAGE
 from langchain_earlyexit.engines.scheduler import ScheduledEngine
-from langchain_earlyexit.lab.measured import Line, Resident, interleaved, ratio, resident_bytes, timed
+from langchain_earlyexit.lab.measured import Line, Resident, interleaved, ratio, resident_bytes
 from langchain_earlyexit.lab.peers import Plain, smollm2
 from langchain_earlyexit.lab.statistics import paired_bootstrap
 from langchain_earlyexit.lab.workloads import (
@@ -184,6 +184,12 @@ def _in_turn(chat: Any, prompts: Sequence[str]) -> Callable[[], object]:
     return lambda: [chat.invoke([HumanMessage(prompt)]) for prompt in prompts]
 
 
+def _each(ask: Callable[[list[Any]], object], parts: Sequence[list[Any]]) -> Callable[[], object]:
+    """Asks the next part at each call."""
+    left = iter(parts)
+    return lambda: ask(next(left))
+
+
 def looking(size: Size) -> list[Line]:
     """Block 3: what a check every 100 tokens costs, and one trial by a fork against reading everything again."""
     weights = smollm2()
@@ -194,13 +200,14 @@ def looking(size: Size) -> list[Line]:
     numbers = iter(range(10**6))
     try:
         for batch, rounds in ((1, 3), (size.of(8, 2), 2)):  # eight prompts of 1,000 tokens take their time
-            seconds: dict[str | None, list[float]] = {None: [], "wait": [], "parallel": []}
-            for _ in tqdm(range(size.of(rounds, 1)), desc=f"3 looking, batch {batch}", disable=not size.progress):
-                for look, taken in seconds.items():
+            looks: list[str | None] = [None, "wait", "parallel"]
+            seconds: dict[str | None, list[float]] = {look: [] for look in looks}
+            for i in tqdm(range(size.of(rounds, 1)), desc=f"3 looking, batch {batch}", disable=not size.progress):
+                for look in looks[i % 3 :] + looks[: i % 3]:
                     clock = Clock()
                     prompts = [prompt_of(context, next(numbers)) for _ in range(batch)]
                     run_all(engine, [thinking(prompt, tokens, clock, look=look, every=every) for prompt in prompts])
-                    taken.append(clock.seconds)
+                    seconds[look].append(clock.seconds)
             for look, target in (("wait", "about 1.20"), ("parallel", "≤ 1.08" if batch == 1 else "")):
                 what = (
                     f"{name}, {context} tokens of context, batch {batch}, looking ({look}), seconds per {tokens} tokens"
@@ -236,22 +243,30 @@ def end_to_end(size: Size) -> list[Line]:
     longest = size.of(_LONGEST, 16)
     lines = []
     with ChatEarlyExit(model="pocket", seed=0, max_tokens=longest) as llm:
-        questions: list[Any] = [problem.question for problem in asked]
-        sides: dict[str, Callable[[], object]] = {
-            "batch()": lambda: llm.batch(questions, **settings),
-            "one by one": lambda: [llm.invoke(question, **settings) for question in questions],
-            "full thinking, one by one": lambda: [llm.invoke(question) for question in questions],
+        questions = [problem.question for problem in asked]
+        rounds = size.of(5, 1)
+        sides: dict[str, Callable[[list[Any]], object]] = {
+            "batch()": lambda part: llm.batch(part, **settings),
+            "one by one": lambda part: [llm.invoke(question, **settings) for question in part],
+            "full thinking, one by one": lambda part: [llm.invoke(question) for question in part],
         }
         note = ""
         try:
-            sides["ChatHuggingFace"] = _in_turn(Plain("pocket").chat(longest, sample=True), questions)
+            chat = Plain("pocket").chat(longest, sample=True)
+            sides["ChatHuggingFace"] = lambda part: _in_turn(chat, part)()
         except ImportError as error:
             note = f"without ChatHuggingFace ({error}): pip install --no-deps langchain-huggingface==1.2.3"
-        seconds = {name: timed(run, f"4 {name}", progress=size.progress) for name, run in sides.items()}
+        for ask in sides.values():
+            ask(questions[:1])  # all are warm now
+        parts = {name: _each(ask, [questions[i::rounds] for i in range(rounds)]) for name, ask in sides.items()}
+        seconds = interleaved(parts, rounds, "4 time", progress=size.progress)
         peer = "ChatHuggingFace" if "ChatHuggingFace" in seconds else "full thinking, one by one"
         for name, target in (("batch()", "≥ 5"), ("one by one", "≥ 2")):
-            what = f"pocket, {len(questions)} questions, {policy!r}, {name}, seconds"
-            lines.append(Line(4, what, seconds[name], peer, seconds[peer], seconds[peer] / seconds[name], target, note))
+            what = (
+                f"pocket, {len(questions)} questions, {len(questions) // rounds} a round, {policy!r}, {name}, seconds"
+            )
+            ours, theirs = seconds[name], seconds[peer]
+            lines.append(Line(4, what, sum(ours), peer, sum(theirs), ratio(ours, theirs), target, note))
         right: dict[str, list[float]] = {}
         arms: dict[str, dict[str, Any]] = {"policy": settings, "full": {}}
         for name, given in arms.items():

@@ -85,15 +85,6 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
-def timed(run: Callable[[], object], title: str, *, progress: bool) -> float:
-    """Seconds of a single run."""
-    with tqdm(total=1, desc=title, disable=not progress) as bar:
-        start = time.perf_counter()
-        run()
-        bar.update()
-        return time.perf_counter() - start
-
-
 def resident_bytes() -> int:
     """What the process holds in memory now."""
     statm = Path("/proc/self/statm")

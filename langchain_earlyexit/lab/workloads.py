@@ -39,7 +39,7 @@ def thinking(prompt: Sequence[int], tokens: int, clock: Clock, *, look: str | No
     clock.begun.append(time.perf_counter())
     drawn, branch = 1, 0
     while drawn < tokens:
-        if look is None or drawn % every:
+        if look is None or drawn % every != every // 2:  # so that as many checks fall within as there are `every`
             yield Step((Sample(0),))
             drawn += 1
             continue
