@@ -53,7 +53,7 @@ def _written(problem: ToolProblem, seed: int = 0) -> str:
 
 
 def test_tools_stand_one_a_line_below_the_system_text() -> None:
-    lines = "# Tools\n- add(a: integer, b: integer, note?: string): Add two numbers.\n- heat(unit: celsius|kelvin)"
+    lines = "# Tools\n- Add two numbers: add(a: integer, b: integer, note?: string)\n- heat(unit: celsius|kelvin)"
     assert system_with_tools("", [ADD, HEAT]) == lines
     assert system_with_tools("Be brief.", [ADD, HEAT]) == f"Be brief.\n\n{lines}"
     assert tool_line({"type": "function", "function": {"name": "now"}}) == "- now()"
@@ -169,9 +169,9 @@ def test_cue_cuts_fall_right_before_a_cue_or_the_end() -> None:
             assert not after or after.startswith(CUES)
 
 
-def test_texts_begin_with_the_prompt_and_end_with_the_turn() -> None:
+def test_texts_begin_with_the_prompt_and_end_with_the_turn_or_look_up_names() -> None:
     rng = random.Random(7)
-    tails = 0
+    tails = drills = 0
     for _ in range(1500):
         text = draw_tool_text(rng)
         whole = "".join(piece.text for piece in text.segments)
@@ -186,9 +186,15 @@ def test_texts_begin_with_the_prompt_and_end_with_the_turn() -> None:
         ended = "".join(piece.text for piece in (*text.segments, *text.tail))
         if ended.endswith("<|im_end|>"):
             assert parse_calls(ended) is not None
-        else:
-            assert text.segments[-1].text == ".\n\n"
+        elif text.segments[-1].text != ".\n\n":
+            looked_up = whole.split(OPEN_THINKING)[-1]
+            lines = re.findall(r"^- (.*?): (\S+)\(", text.segments[0].text, re.MULTILINE)
+            assert sorted(re.findall(r" (.*?): (\S+)\.(?= |$)", looked_up)) == sorted(lines * 2)
+            carries = [piece.text for piece in text.segments if piece.loss]
+            assert sorted(carries) == sorted(f" {name}." for _, name in lines * 2)
+            drills += 1
     assert tails > 250
+    assert drills > 50
 
 
 @pytest.mark.parametrize(

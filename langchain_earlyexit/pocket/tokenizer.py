@@ -77,7 +77,8 @@ CHAT_TEMPLATE = """\
 {%- for tool in tools %}
 {%- set function = tool.function if tool.function is defined else tool %}
 {%- set schema = function.parameters if function.parameters else {} %}
-{{- '\\n- ' + function.name + '(' }}
+{%- set purpose = (function.description or '').strip().split('\\n')[0].strip().rstrip('.') %}
+{{- '\\n- ' + (purpose + ': ' if purpose else '') + function.name + '(' }}
 {%- for name, property in (schema.properties or {}).items() %}
 {%- set kinds = property.anyOf if property.anyOf else [property] %}
 {%- set kind = (kinds | rejectattr('type', 'equalto', 'null') | list + kinds)[0] %}
@@ -85,8 +86,6 @@ CHAT_TEMPLATE = """\
 {{- kind.enum | join('|') if kind.enum else (kind.type if kind.type is string else 'any') }}
 {%- endfor %}
 {{- ')' }}
-{%- set description = (function.description or '').strip().split('\\n')[0].strip() %}
-{{- ': ' + description if description else '' }}
 {%- endfor %}
 {{- '<|im_end|>\\n' }}
 {%- endif %}

@@ -17,8 +17,17 @@ def _type_of(schema: Mapping[str, Any]) -> str:
     return kind["type"] if isinstance(kind.get("type"), str) else "any"
 
 
+def purpose(tool: Mapping[str, Any]) -> str:
+    """What a tool is for, in the first line of its description, without the full stop."""
+    return (tool["function"].get("description") or "").strip().split("\n")[0].strip().rstrip(".")
+
+
 def tool_line(tool: Mapping[str, Any]) -> str:
-    """One line about a tool: `- add(a: integer, note?: string): Add two numbers.`"""
+    """One line about a tool: `- Add two numbers: add(a: integer, note?: string)`.
+
+    What it is for comes first: a small model that has written that finds the name behind it in the list, while a name
+    that comes first must be picked before what it is for was read.
+    """
     function = tool["function"]
     parameters = function.get("parameters") or {}
     required = parameters.get("required", [])
@@ -26,8 +35,8 @@ def tool_line(tool: Mapping[str, Any]) -> str:
         f"{name}{'' if name in required else '?'}: {_type_of(schema)}"
         for name, schema in parameters.get("properties", {}).items()
     )
-    description = (function.get("description") or "").strip().split("\n")[0].strip()
-    return f"- {function['name']}({written})" + (f": {description}" if description else "")
+    what = purpose(tool)
+    return f"- {f'{what}: ' if what else ''}{function['name']}({written})"
 
 
 def system_with_tools(system: str, tools: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,8 @@ word, and a verdict. The odds of the cue words are the same; the thinking stops 
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from langchain_earlyexit.pocket.methods import Segment, methods_of, near_miss, worked
@@ -20,7 +21,7 @@ from langchain_earlyexit.pocket.tool_problems import (
     right,
     sample_tools,
 )
-from langchain_earlyexit.pocket.tool_text import Call, parse_calls, system_with_tools
+from langchain_earlyexit.pocket.tool_text import Call, parse_calls, purpose, system_with_tools
 from langchain_earlyexit.pocket.traces import (
     CLOSE_THINKING,
     END,
@@ -54,6 +55,12 @@ __all__ = [
 STOP_ODDS = (0.48, 0.7, 0.8)
 """Odds of ending the thinking at the first, second, ... agreement in a row."""
 STOP_AT_GUESS_ODDS = 0.06
+DRILLS = 0.1
+"""Share of texts about tools that only look up names."""
+TAUGHT: Mapping[str, float] = MappingProxyType(
+    {"copy": 0.30, "computed": 0.13, "choice": 0.22, "none": 0.08, "parallel": 0.14, "result": 0.13}
+)
+"""Kinds of problems in training texts: more than in examinations of those that are hard."""
 MAX_CHECKS = 4
 MAX_CHECKS_WHEN_LONG = 2
 WRONG_GUESS_ODDS = {"copy": 0.3, "parallel": 0.3, "result": 0.3, "none": 0.35, "choice": 0.45, "computed": 0.5}
@@ -134,12 +141,20 @@ def _opening(problem: ToolProblem, rng: random.Random) -> str:
     return OPEN_THINKING + rng.choice(OPENERS).format(r=restated) + rng.choice(GUESSES)
 
 
+def _found(problem: ToolProblem, name: str) -> Segment:
+    """A tool by what it is for, as the list has it."""
+    what = purpose(next(tool for tool in problem.tools if tool["function"]["name"] == name))
+    return Segment(f" {what}: {name}." if what else f" I have {name}.")
+
+
 def _read_question(problem: ToolProblem, rng: random.Random) -> tuple[list[Segment], Calls]:
     calls = problem.calls
     slips = [(i, name) for i, call in enumerate(calls) for name in call["arguments"]]
     slip = rng.choice(slips) if slips and rng.random() < SLIP_ODDS else None
     segments: list[Segment] = []
     for index, call in enumerate(problem.calls):
+        if call["name"] not in problem.question:
+            segments.append(_found(problem, call["name"]))
         if not call["arguments"]:
             segments.append(Segment(f" {call['name']} takes nothing."))
         for name, value in call["arguments"].items():
@@ -154,10 +169,8 @@ def _read_tools(problem: ToolProblem) -> list[Segment]:
     functions = {tool["function"]["name"]: tool["function"] for tool in problem.tools}
     segments: list[Segment] = []
     for name in dict.fromkeys(call["name"] for call in problem.calls):
-        description = functions[name]["description"].rstrip(".")
-        told = f" {name} is to {description[0].lower()}{description[1:]}." if description else f" I have {name}."
         takes = " and ".join(functions[name]["parameters"]["properties"]) or "nothing"
-        segments += [Segment(told), Segment(f" It takes {takes}.")]
+        segments += [_found(problem, name), Segment(f" It takes {takes}.")]
     return segments
 
 
@@ -253,9 +266,24 @@ def _exit(problem: ToolProblem, rng: random.Random) -> tuple[Segment, ...]:
     return (Segment(CLOSE_THINKING + given, loss=False), Segment(final.removeprefix(given) + END))
 
 
+def _drill(rng: random.Random) -> Text:
+    """Tools of like kind, and in another order, twice, the name of each behind what it is for: only names carry loss.
+
+    A whole text about one question asks once for a name among like ones; too seldom for the look-up to be learnt.
+    """
+    problem = draw_tools("train", rng, {"choice": 1.0})
+    segments = [Segment(prompt_of(problem), loss=False), Segment(OPEN_THINKING, loss=False)]
+    for _ in range(2):
+        for tool in rng.sample(problem.tools, len(problem.tools)):
+            segments += [Segment(f" {purpose(tool)}:", loss=False), Segment(f" {tool['function']['name']}.")]
+    return Text(tuple(segments))
+
+
 def draw_tool_text(rng: random.Random) -> Text:
-    """One random training text of a tool problem of the training split."""
-    problem = draw_tools("train", rng)
+    """One random training text about tools of the training split."""
+    if rng.random() < DRILLS:
+        return _drill(rng)
+    problem = draw_tools("train", rng, TAUGHT)
     start = Segment(prompt_of(problem), loss=False)
     roll = rng.random()
     if roll < 0.15:
