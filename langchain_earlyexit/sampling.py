@@ -118,10 +118,12 @@ def pick_all(logits: NDArray[np.float32], wanted: Sequence[Wanted], draws: Seque
     """
     best = logits.argmax(axis=1)
     rows = np.arange(len(wanted))
-    peak = logits[rows, best].astype(np.float64)
+    top = logits[rows, best]
+    peak = top.astype(np.float64)
     if not np.isfinite(peak).all():
         raise ValueError("the model returned logits without a finite maximum; its weights or dtype are broken")
-    norm = peak + np.log(np.exp(logits - logits[rows, best][:, None]).sum(axis=1, dtype=np.float64))
+    spread = logits - top[:, None]
+    norm = peak + np.log(np.exp(spread, out=spread).sum(axis=1, dtype=np.float64))
     chosen = best
     masked = [i for i, want in enumerate(wanted) if want.forbid or want.allow is not None]
     if masked:
@@ -144,17 +146,17 @@ def pick_all(logits: NDArray[np.float32], wanted: Sequence[Wanted], draws: Seque
             chosen[members] = _draw(
                 logits if whole else logits[members], sampling, np.array([draws[i] for i in members])
             )
-    logprobs = (plain[rows, chosen] - norm).tolist()
     bests, norms = (peak - norm).tolist(), norm.tolist()
+    logprobs = bests if chosen is best else (plain[rows, chosen] - norm).tolist()
     return [
         Token(
-            id=id_,
-            logprob=logprob,
-            best=top,
-            watched=tuple(float(plain[i, w]) - norms[i] for w in want.watch) if want.watch else (),
-            entropy=_entropy(plain[i], norms[i]) if want.entropy else None,
+            id_,
+            logprob,
+            highest,
+            tuple(float(plain[i, w]) - norms[i] for w in want.watch) if want.watch else (),
+            _entropy(plain[i], norms[i]) if want.entropy else None,
         )
-        for i, (want, id_, logprob, top) in enumerate(zip(wanted, chosen.tolist(), logprobs, bests, strict=True))
+        for i, (want, id_, logprob, highest) in enumerate(zip(wanted, chosen.tolist(), logprobs, bests, strict=True))
     ]
 
 

@@ -39,6 +39,7 @@ class Trunk:
         self.due: list[Op] = []
         self.events: list[Event] = []
         self.answer_now = False
+        self._thinks = Sample(TRUNK, request.sampling, watch=request.watch)
 
     def step(self, *ops: Op) -> Generator[Step, Inbox, tuple[Any, ...]]:
         """Carry out what is due, then `ops`; the results of `ops`."""
@@ -85,7 +86,10 @@ class Trunk:
         """The next token of the thinking."""
         if self.ahead:
             return self.ahead.popleft()
-        return (yield from self.sample(watch=self.request.watch))
+        results = yield from self.step(self._thinks)
+        self.length += 1
+        token: Token = results[0]
+        return token
 
     def peek(self) -> Generator[Step, Inbox, Token]:
         """The token that `read` gives next. It may not be drawn yet: then it is, a step early."""

@@ -30,16 +30,23 @@ class Shelf:
     def compact(self):
         self.written = {new: self.written[old] for new, old in enumerate(self.book.compact())}
 
+    def fill(self):
+        self.book.fill(lambda moves: self.written.update({new: list(self.written[old]) for old, new in moves}))
+
     def read(self, table):
         return [self.written[table.pages[i // PAGE]][i % PAGE] for i in range(table.length)]
 
 
+ACTIONS = ["new", "append", "append", "append", "fork", "rewind", "drop", "compact", "fill", "remember", "adopt"]
+
+
+@pytest.mark.parametrize("remembered", [0, 12])
 @pytest.mark.parametrize("seed", range(8))
-def test_whatever_is_appended_forked_rewound_and_dropped_every_table_reads_its_own_tokens(seed):
+def test_whatever_is_appended_forked_rewound_and_dropped_every_table_reads_its_own_tokens(seed, remembered):
     rng = random.Random(seed)
-    shelf, held = Shelf(), []
+    shelf, held = Shelf(remembered=remembered), []
     for step in range(400):
-        action = rng.choice(["new", "append", "append", "append", "fork", "rewind", "drop", "compact"])
+        action = rng.choice(ACTIONS)
         if action == "new" or not held:
             held.append((shelf.book.new(), []))
         elif action == "append":
@@ -51,9 +58,15 @@ def test_whatever_is_appended_forked_rewound_and_dropped_every_table_reads_its_o
             ids.extend(new)
         elif action == "drop":
             held.pop(rng.randrange(len(held)))
-        elif action == "compact":
-            shelf.compact()
+        elif action in {"compact", "fill"}:
+            getattr(shelf, action)()
             assert shelf.book.size == shelf.book.used
+            assert not shelf.book.gaps
+        elif action == "remember":
+            shelf.book.remember(*rng.choice(held))
+        elif action == "adopt":
+            table, ids = shelf.book.new(), rng.choice(held)[1]
+            held.append((table, ids[: shelf.book.adopt(table, ids)]))
         else:
             table, ids = rng.choice(held)
             length = rng.randint(0, len(ids))
@@ -64,11 +77,32 @@ def test_whatever_is_appended_forked_rewound_and_dropped_every_table_reads_its_o
                 del ids[length:]
         assert all(shelf.read(table) == ids for table, ids in held)
         table = ids = None  # the loop's own references
-    assert shelf.book.used == len({page for table, _ in held for page in table.pages})
+        held_pages = {page for table, _ in held for page in table.pages}
+        assert shelf.book.used == len(held_pages | shelf.book._known_pages)
+        assert shelf.book._idle == len(shelf.book._known_pages - held_pages)
+        table = None
     held.clear()
     gc.collect()
-    assert shelf.book.used == 0
-    assert shelf.book.compact() == []
+    assert shelf.book.used == shelf.book.known
+    assert bool(shelf.book.compact()) == bool(remembered)
+
+
+def test_a_move_that_fails_leaves_every_page_its_number():
+    shelf = Shelf()
+    tables = [shelf.book.new() for _ in range(9)]
+    for table in tables:
+        shelf.append(table, [7] * PAGE)
+    del tables[:7], table
+    before = [list(table.pages) for table in tables]
+
+    def fail(_moves):
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError):
+        shelf.book.fill(fail)
+    assert [table.pages for table in tables] == before
+    shelf.fill()
+    assert all(shelf.read(table) == [7] * PAGE for table in tables)
 
 
 def test_a_fork_takes_no_page_until_one_side_writes_and_then_one():
@@ -140,9 +174,9 @@ def test_a_table_s_pages_lie_side_by_side_once_the_book_is_compact():
     for i in range(5):
         for table in tables:
             shelf.append(table, [i] * PAGE)
-    assert not shelf.book.sparse
+    assert not shelf.book.gaps
     del tables[1:8], table
-    assert shelf.book.sparse
+    assert shelf.book.gaps
     shelf.compact()
     assert [table.pages for table in tables] == [list(range(5)), list(range(5, 10))] or tables[0].pages == [
         5,

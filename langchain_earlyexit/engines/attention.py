@@ -19,12 +19,6 @@ from torch.nn import functional
 from langchain_earlyexit.engines.memory import Memory
 from langchain_earlyexit.engines.pages import PAGE, Table
 
-_FEW = 2
-"""Decoding rows up to which one operation per row beats the grouped path's fixed cost."""
-
-_FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-"""It returns the weights that join pages; not every version of torch has it, and other devices do not."""
-
 _SHARED = 2
 """Rows of one page up to which its queries are padded to the same number as those of other pages."""
 
@@ -39,6 +33,13 @@ class Span:
     total: int
 
 
+_Shape = tuple[int | None, int, int]
+"""Sliding window, heads, kv heads."""
+
+Kept = dict[_Shape, tuple[tuple[tuple[int, ...], ...], "_Plan"]]
+"""The last plans and the pages they are for: mostly a pass reads the pages that the one before read."""
+
+
 class Pass:
     """One forward pass over `spans`, which `memory` has been prepared for.
 
@@ -46,8 +47,9 @@ class Pass:
         calls: how often attention ran: a family that bypasses it is not packable.
     """
 
-    def __init__(self, memory: Memory, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, memory: Memory, spans: Sequence[Span], device: torch.device, kept: Kept) -> None:
         self.calls = 0
+        self._kept = kept
         self._memory = memory
         self._device = device
         self._ones = [span for span in spans if span.end - span.start == 1]
@@ -62,8 +64,7 @@ class Pass:
         self._pages = np.array(pages)
         self._offsets = np.array(offsets)
         self._slots: dict[int, Tensor] = {}
-        self._plans: dict[int | None, _Plan] = {}
-        self._lone: dict[int | None, list[_Lone]] = {}
+        self._plans: dict[_Shape, tuple[_Plan, Tensor]] = {}
 
     def _index(self, numbers: Sequence[int] | NDArray[np.int64]) -> Tensor:
         return torch.as_tensor(np.asarray(numbers, dtype=np.int64), device=self._device)
@@ -84,14 +85,13 @@ class Pass:
         heads = key.shape[1]
         if heads not in self._slots:
             rows = (self._pages[:, None] * heads + np.arange(heads)) * PAGE + self._offsets[:, None]
-            self._slots[heads] = self._index(rows.reshape(-1))
+            self._slots[heads] = self._index(rows)
         keys, values = self._memory.write(layer, self._slots[heads], key, value)
-        plain = softcap is None and sinks is None
         if not self._long:
-            return self._decode(query, keys, values, scale, window, softcap, sinks, plain)
+            return self._decode(query, keys, values, scale, window, softcap, sinks)
         out = query.new_empty(self._width, query.shape[1], value.shape[-1])
         if self._ones:
-            out[self._at] = self._decode(query[self._at], keys, values, scale, window, softcap, sinks, plain)
+            out[self._at] = self._decode(query[self._at], keys, values, scale, window, softcap, sinks)
         for span in self._long:
             out[span.start : span.end] = _attend_long(span, query, keys, values, scale, window, softcap, sinks)
         return out
@@ -105,19 +105,22 @@ class Pass:
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
-        plain: bool,
     ) -> Tensor:
-        fused = _FUSED and plain and query.device.type == "cpu" and keys.shape[-1] == values.shape[-1]
-        if fused and len(self._ones) <= _FEW:
-            if window not in self._lone:
-                self._lone[window] = [_Lone.of(span, window, query, keys.shape[1]) for span in self._ones]
-            lone = self._lone[window]
-            if len(lone) == 1:
-                return lone[0].attend(query, keys, values, scale)
-            return torch.cat([one.attend(query[i : i + 1], keys, values, scale) for i, one in enumerate(lone)])
-        if window not in self._plans:
-            self._plans[window] = _Plan.of(self._ones, window, self._device)
-        return self._plans[window].attend(query, keys, values, scale, softcap, sinks)
+        shape = window, query.shape[1], keys.shape[1]
+        if shape not in self._plans:
+            firsts = [_first(span.total, 1, window) for span in self._ones]
+            owned = [
+                tuple(span.table.pages[first // PAGE : -(-span.total // PAGE)])
+                for span, first in zip(self._ones, firsts, strict=True)
+            ]
+            key = tuple(owned)
+            was = self._kept.get(shape)
+            if was is None or was[0] != key:
+                was = self._kept[shape] = (key, _Plan.of(owned, query.shape[1], keys.shape[1], self._device))
+            totals = [span.total - first // PAGE * PAGE for span, first in zip(self._ones, firsts, strict=True)]
+            self._plans[shape] = was[1], was[1].hidden([first % PAGE for first in firsts], totals)
+        plan, hidden = self._plans[shape]
+        return plan.attend(query, keys, values, scale, hidden, softcap, sinks)
 
 
 def _first(total: int, new: int, window: int | None) -> int:
@@ -135,56 +138,6 @@ def _where(pages: Sequence[int], device: torch.device) -> slice | Tensor:
     if pages[-1] - pages[0] == len(pages) - 1 and all(b - a == 1 for a, b in pairwise(pages)):
         return slice(pages[0], pages[-1] + 1)
     return torch.tensor(pages, device=device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Lone:
-    """One row that decodes one token, and reads its pages with a fused operation.
-
-    Attributes:
-        pages: where those lie that it reads; the number of a single one.
-        begin, end: the tokens of these that it sees.
-        hidden: 0 or -inf, shape [pages, 1, queries of a kv head, PAGE]; None for a single page.
-    """
-
-    pages: int | slice | Tensor
-    begin: int
-    end: int
-    hidden: Tensor | None
-
-    @classmethod
-    def of(cls, span: Span, window: int | None, query: Tensor, kv: int) -> _Lone:
-        first = _first(span.total, 1, window)
-        pages = span.table.pages[first // PAGE : -(-span.total // PAGE)]
-        begin, end = first % PAGE, span.total - first // PAGE * PAGE
-        if len(pages) == 1:
-            return cls(pages[0], begin, end, None)
-        hidden = query.new_zeros(len(pages) * PAGE)
-        hidden[:begin] = -torch.inf
-        hidden[end:] = -torch.inf
-        hidden = hidden.view(len(pages), 1, 1, PAGE).expand(-1, 1, query.shape[1] // kv, -1)
-        return cls(_where(pages, query.device), begin, end, hidden)
-
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """`query` [1, heads, size] to [1, heads, size]."""
-        _, heads, size = query.shape
-        kv = keys.shape[1]
-        query = query.reshape(1, kv, -1, size)
-        if self.hidden is None or isinstance(self.pages, int):
-            key = keys[self.pages, :, self.begin : self.end].unsqueeze(0)
-            value = values[self.pages, :, self.begin : self.end].unsqueeze(0)
-            found = functional.scaled_dot_product_attention(query, key, value, scale=scale)
-            return found.reshape(1, heads, size)
-        found, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.expand(len(self.hidden), -1, -1, -1),
-            _read(keys, self.pages),
-            _read(values, self.pages),
-            attn_mask=self.hidden,
-            scale=scale,
-        )
-        share: Tensor = torch.softmax(weight, dim=0).to(found.dtype).unsqueeze(-1)
-        mixed: Tensor = (share * found).sum(0)
-        return mixed.reshape(1, heads, size)
 
 
 def _attend_long(
@@ -233,138 +186,139 @@ def _attend_long(
 
 @dataclass(slots=True)
 class _Group:
-    """Pages that are attended in one product, each by `width` queries.
+    """Pages that are attended in one product, each by equally many queries.
 
     Attributes:
         pages: a slice of all pages, or an index that picks some of them.
-        rows: which query stands at each place, shape [pages * width].
-        hidden: 0 or -inf, shape [pages, width, PAGE].
-        masks: the same per kv heads and queries of each, expanded as the product needs it.
+        asked: which query of all [rows * heads] stands at each place [pages * kv heads * queries].
+        count: pages * kv heads.
     """
 
     pages: slice | Tensor
-    width: int
-    rows: Tensor
-    hidden: Tensor
-    masks: dict[tuple[int, int], Tensor]
+    asked: Tensor
+    count: int
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Per place what it found [places, heads, size] and the log of its sum of exponentials [places, heads]."""
-        keys, values = _read(keys, self.pages), _read(values, self.pages)
-        count, kv = keys.shape[:2]
-        heads, size = query.shape[1:]
-        each = heads // kv
-        ours = query.index_select(0, self.rows).view(count, self.width, kv, each, size)
-        ours = ours.transpose(1, 2).reshape(count * kv, self.width * each, size)
-        if (kv, each) not in self.masks:
-            mask = self.hidden.to(query.dtype).view(count, 1, self.width, 1, PAGE)
-            self.masks[kv, each] = mask.expand(-1, kv, -1, each, -1).reshape(count * kv, -1, PAGE)
-        mask = self.masks[kv, each]
-        turned = keys.reshape(count * kv, PAGE, size).transpose(1, 2)
-        if softcap is None:
-            scores = torch.baddbmm(mask, ours, turned, alpha=scale)
-        else:
-            scores = torch.tanh(torch.bmm(ours, turned) * (scale / softcap)) * softcap + mask
-        scores = scores.float()
-        peak = scores.amax(dim=-1, keepdim=True)
-        weights = scores.sub_(peak).exp_()
-        weight = weights.sum(dim=-1, keepdim=True)
-        total = (weight.log() + peak).view(count, kv, self.width, each).transpose(1, 2)
-        weights = weights.div_(weight).to(values.dtype)
-        found = torch.bmm(weights, values.reshape(count * kv, PAGE, -1))
-        found = found.view(count, kv, self.width, each, -1).transpose(1, 2).reshape(count * self.width, heads, -1)
-        return found, total.reshape(-1, heads)
+    def scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        size = query.shape[-1]
+        ours = query.index_select(0, self.asked).view(self.count, -1, size)
+        met = _read(keys, self.pages).view(self.count, PAGE, size)
+        return torch.bmm(ours, met.transpose(1, 2)).view(-1, PAGE)
+
+    def found(self, weights: Tensor, values: Tensor) -> Tensor:
+        met = _read(values, self.pages).view(self.count, PAGE, -1)
+        return torch.bmm(weights.view(self.count, -1, PAGE), met).view(-1, met.shape[-1])
 
 
 @dataclass(slots=True)
 class _Plan:
-    """How the rows that decode one token meet their pages, under one sliding window.
+    """How the rows that decode one token meet their pages.
+
+    A *place* is one query at one page. Places stand as pages lie.
 
     Attributes:
         groups: pages met by few rows, and pages met by many.
-        places: where each row finds its pages among the places of all groups, shape [rows, most pages].
-        beyond: 0 or -inf where a row has fewer pages than that, shape [rows, most pages, 1].
+        places: the place of each of a row's pages [rows * heads * most pages].
+        back: which of these stands at each place.
+        summed: `places` without those that a row does not have, and where each query's begin.
     """
 
     groups: list[_Group]
+    most: int
     places: Tensor
-    beyond: Tensor | None
+    back: Tensor
+    summed: Tensor
+    begins: Tensor
 
     @classmethod
-    def of(cls, spans: Sequence[Span], window: int | None, device: torch.device) -> _Plan:
-        firsts = [_first(span.total, 1, window) for span in spans]
-        owned = [
-            span.table.pages[first // PAGE : -(-span.total // PAGE)] for span, first in zip(spans, firsts, strict=True)
-        ]
+    def of(cls, owned: Sequence[Sequence[int]], heads: int, kv: int, device: torch.device) -> _Plan:
+        rows, each = len(owned), heads // kv
         counts = np.array([len(pages) for pages in owned])
-        starts = np.cumsum(counts) - counts
+        most = int(counts.max())
         page = np.array([number for pages in owned for number in pages])
-        row = np.repeat(np.arange(len(spans)), counts)
-        # What each row sees of each of its pages: all, except perhaps of the first and the last.
-        low, high = np.zeros(len(page), dtype=np.int64), np.full(len(page), PAGE)
-        low[starts] = [first % PAGE for first in firsts]
-        high[starts + counts - 1] = [(span.total - 1) % PAGE + 1 for span in spans]
-        distinct, which, users = np.unique(page, return_inverse=True, return_counts=True)
-        order = np.argsort(which, kind="stable")
-        rank = np.empty(len(page), dtype=np.int64)
-        rank[order] = np.arange(len(page)) - np.repeat(np.cumsum(users) - users, users)
-        groups, place, offset = [], np.empty(len(page), dtype=np.int64), 0
-        for members in (users <= _SHARED, users > _SHARED):
-            if not members.any():
+        row = np.repeat(np.arange(rows), counts)
+        inside = np.arange(most) < counts[:, None]
+        slot = np.nonzero(inside)[1]
+        lowest = int(page.min())
+        users = np.bincount(page - lowest)
+        met = users[page - lowest]
+        head = np.arange(heads)
+        spread = head // each  # then times the places of a page and kv head
+        groups, place, offset = [], np.empty((len(page), heads), dtype=np.int64), 0
+        for few in (True, False):
+            mine = (met <= _SHARED) == few
+            if not mine.any():
                 continue
-            ours = distinct[members]
-            width = int(users[members].max())
+            ours = np.flatnonzero((users > 0) & ((users <= _SHARED) == few)) + lowest
+            width = int(users[ours - lowest].max())
             begin, end = int(ours[0]), int(ours[-1]) + 1
             taken: slice | Tensor
             if end - begin <= 2 * len(ours):  # dense enough to be read where they lie
-                taken, count = slice(begin, end), end - begin
-                at = distinct - begin
+                taken, count, at = slice(begin, end), end - begin, page[mine] - begin
             else:
-                taken, count = torch.as_tensor(ours, device=device), len(ours)
-                at = np.cumsum(members) - 1
-            mine = members[which]
-            local = at[which[mine]] * width + rank[mine]
+                taken, count, at = torch.as_tensor(ours, device=device), len(ours), np.searchsorted(ours, page[mine])
+            if width > 1:
+                order = np.argsort(at, kind="stable")
+                ranked = at[order]
+                rank = np.empty_like(at)
+                rank[order] = np.arange(len(at)) - np.searchsorted(ranked, ranked)
+                inner = rank[:, None] * each + head % each
+            else:
+                inner = head % each
+            local = (at[:, None] * kv + spread) * (width * each) + inner
+            asked = np.zeros(count * kv * width * each, dtype=np.int64)
+            asked[local] = row[mine][:, None] * heads + head
             place[mine] = offset + local
-            rows = np.zeros(count * width, dtype=np.int64)
-            rows[local] = row[mine]
-            lows, highs = np.zeros(count * width, dtype=np.int64), np.full(count * width, PAGE)
-            lows[local], highs[local] = low[mine], high[mine]
-            offsets = np.arange(PAGE)
-            seen = (offsets >= lows[:, None]) & (offsets < highs[:, None])
-            hidden = np.where(seen, np.float32(0), np.float32(-np.inf)).reshape(count, width, PAGE)
-            groups.append(
-                _Group(
-                    taken,
-                    width,
-                    torch.as_tensor(rows, device=device),
-                    torch.as_tensor(hidden, device=device),
-                    {},
-                )
-            )
-            offset += count * width
-        most = int(counts.max())
-        column = np.arange(most)
-        inside = column < counts[:, None]
-        places = place[np.where(inside, starts[:, None] + column, starts[:, None])]
-        beyond = None
-        if not inside.all():
-            beyond = torch.as_tensor(np.where(inside, np.float32(0), np.float32(-np.inf)), device=device).unsqueeze(-1)
-        return cls(groups, torch.as_tensor(places, device=device), beyond)
+            groups.append(_Group(taken, torch.as_tensor(asked, device=device), count * kv))
+            offset += len(asked)
+        places = np.zeros((rows, heads, most), dtype=np.int64)
+        places[row, :, slot] = place
+        back = np.zeros(offset, dtype=np.int64)
+        back[place] = (row[:, None] * heads + head) * most + slot[:, None]
+        summed = places[np.broadcast_to(inside[:, None], places.shape)]
+        ends = np.cumsum(np.repeat(counts, heads))
+        begins = np.zeros_like(ends)
+        begins[1:] = ends[:-1]
+        told = [torch.as_tensor(a, device=device) for a in (places.reshape(-1), back, summed, begins)]
+        return cls(groups, most, *told)
+
+    def hidden(self, firsts: Sequence[int], totals: Sequence[int]) -> Tensor:
+        """0 or -inf [rows, 1, most pages * PAGE]: the tokens that rows do not see."""
+        place = np.arange(self.most * PAGE)
+        out = np.where(place < np.array(totals)[:, None], np.float32(0), np.float32(-np.inf))
+        if any(firsts):
+            out[place < np.array(firsts)[:, None]] = -np.inf
+        return torch.as_tensor(out, device=self.places.device).unsqueeze(1)
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        hidden: Tensor,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """`query` [rows, heads, size] to [rows, heads, value size]."""
-        parts = [group.attend(query, keys, values, scale, softcap) for group in self.groups]
-        found, total = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
-        total = total[self.places]  # [rows, pages, heads]
-        if self.beyond is not None:
-            total = total + self.beyond
-        if sinks is None:
-            share = torch.softmax(total, dim=1)
+        rows, heads, size = query.shape
+        query = query.reshape(-1, size)
+        parts = [group.scores(query, keys) for group in self.groups]
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts)
+        scores = scores.index_select(0, self.places).view(rows, heads, -1).float()
+        if softcap is None:
+            scores = torch.add(hidden, scores, alpha=scale)
         else:
-            sink = sinks.float().view(1, 1, -1).expand(len(total), 1, -1)
-            share = torch.softmax(torch.cat([total, sink], dim=1), dim=1)[:, :-1]
-        return (found[self.places] * share.to(found.dtype).unsqueeze(-1)).sum(1)
+            scores = torch.tanh(scores * (scale / softcap)) * softcap + hidden
+        if sinks is None:
+            weights = torch.softmax(scores, dim=-1)
+        else:
+            sink = sinks.float().view(1, -1, 1).expand(rows, -1, 1)
+            weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+        weights = weights.to(values.dtype).reshape(-1, PAGE).index_select(0, self.back)
+        if len(parts) == 1:
+            found = self.groups[0].found(weights, values)
+        else:
+            split = torch.split(weights, [len(group.asked) for group in self.groups])
+            found = torch.cat([group.found(w, values) for group, w in zip(self.groups, split, strict=True)])
+        mixed = torch.embedding_bag(found, self.summed, self.begins)[0]
+        return mixed.view(rows, heads, -1)

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from langchain_earlyexit.engines.pages import PAGE, Growth
 
+_AHEAD = 128 << 20
+"""Bytes that are made room for at once: to move what is held costs a pass in the middle of a batch its time, and on a
+processor untouched memory costs nothing."""
+
 
 class Memory:
     """Keys and values: per layer two tensors [pages, heads, `PAGE`, size], made when a layer first writes.
@@ -37,6 +41,8 @@ class Memory:
         if top <= self.capacity:
             return
         ahead = self.capacity + self.capacity // 2
+        if self.page_bytes:
+            ahead = max(ahead, _AHEAD // self.page_bytes)
         capacity = max(top, ahead if most is None else min(most, ahead))
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
@@ -65,6 +71,14 @@ class Memory:
             if copies:
                 held[target] = held[source]
 
+    def shift(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy pages, each to another that is free."""
+        if moves:
+            source, target = torch.tensor(moves, device=self._device).unbind(1)
+            for held in (*self.keys, *self.values):
+                if held is not None:
+                    held[target] = held[source]
+
     def spare(self, capacity: int) -> list[Tensor | None]:
         """Tensors for `move`. To make them is what can fail."""
         return [None if old is None else old.new_empty(capacity, *old.shape[1:]) for old in (*self.keys, *self.values)]
@@ -88,6 +102,6 @@ class Memory:
             keys = self.keys[layer] = key.new_zeros(self.capacity, key.shape[1], PAGE, key.shape[2])
             values = self.values[layer] = value.new_zeros(self.capacity, value.shape[1], PAGE, value.shape[2])
             self.page_bytes += (keys[0].numel() + values[0].numel()) * keys.element_size()
-        keys.view(-1, keys.shape[-1]).index_copy_(0, slots, key.reshape(-1, keys.shape[-1]))
-        values.view(-1, values.shape[-1]).index_copy_(0, slots, value.reshape(-1, values.shape[-1]))
+        keys.view(-1, keys.shape[-1]).index_put_((slots,), key)
+        values.view(-1, values.shape[-1]).index_put_((slots,), value)
         return keys, values

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from langchain_earlyexit.engines.attention import Pass, Span
+from langchain_earlyexit.engines.attention import Kept, Pass, Span
 from langchain_earlyexit.engines.lean import Lean
 from langchain_earlyexit.engines.memory import Memory
 from langchain_earlyexit.engines.model import Model, Row
@@ -111,6 +111,7 @@ class PackedModel(Model):
         self._memory = Memory(self.layers, self._device)
         self._book = Book()
         self._limit: int | None = None
+        self._kept: Kept = {}
         self._reuse = False
         self.calls = self.passes = 0  # of attention, and of the model: a layer that bypasses it makes a difference
 
@@ -192,8 +193,8 @@ class PackedModel(Model):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        if self._book.sparse:
-            self._compact()
+        if self._book.gaps:
+            self._book.fill(self._memory.shift)
         # Before any page changes hands: it may fail.
         top = self._book.size_after([(row.cache.table, len(row.ids)) for row in rows])
         self._memory.reserve(top, self._book.most)
@@ -209,7 +210,7 @@ class PackedModel(Model):
             positions.extend(range(table.length, total))
             spans.append(Span(start, len(ids), table, total))
         self._memory.prepare(growths)
-        run = Pass(self._memory, spans, self._device)
+        run = Pass(self._memory, spans, self._device, self._kept)
         last = None
         if len(spans) < len(ids):
             last = torch.tensor([span.end - 1 for span in spans], device=self._device)

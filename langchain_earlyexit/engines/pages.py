@@ -9,13 +9,13 @@ from __future__ import annotations
 import heapq
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 PAGE = 64
 
-_FEW = 32
-"""Pages that are not worth being put in order."""
+_GAPS = 4
+"""Free pages between those in use that are not worth being filled."""
 
 
 class Table:
@@ -85,9 +85,33 @@ class Book:
         return len(self._owners)
 
     @property
-    def sparse(self) -> bool:
-        """Whether most pages are free ones that lie between those in use."""
-        return len(self._owners) > _FEW and 2 * self.used < len(self._owners)
+    def gaps(self) -> bool:
+        """Whether so many free pages lie between those in use that filling them pays."""
+        free = len(self._owners) - self.used
+        return free > _GAPS and free > self.used // 8
+
+    def fill(self, move: Callable[[Sequence[tuple[int, int]]], None]) -> None:
+        """Number the last pages in use anew, as the free ones before them, so that none is free.
+
+        Args:
+            move: copies what is in pages, from old numbers to new ones. Where it fails, no page has a new number.
+        """
+        tables = list(self._tables)  # held: none can go now
+        self._collect()
+        used = len(self._owners) - len(self._free)
+        last = [page for page in range(used, len(self._owners)) if self._owners[page]]
+        moves = list(zip(last, sorted(page for page in self._free if page < used), strict=True))
+        move(moves)
+        new = dict(moves)
+        for table in tables:
+            table.pages[:] = [new.get(page, page) for page in table.pages]
+        for key, (serial, page) in self._known.items():
+            self._known[key] = (serial, new.get(page, page))
+        self._known_pages = {new.get(page, page) for page in self._known_pages}
+        for source, target in moves:
+            self._owners[target] = self._owners[source]
+        del self._owners[used:]
+        self._free = []
 
     def compact(self) -> list[int]:
         """Number the pages in use anew, from 0, those of a table one after the other.
