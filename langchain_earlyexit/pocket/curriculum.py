@@ -38,7 +38,7 @@ TOKENS = 60_000_000
 EARLY_SHARE = 0.10
 """How much of a run its first part is: small sums, short chains, nothing beyond the model."""
 EARLY = Abilities(arithmetic=0.80, tools=0.15, plans=0.05, doubt=0.0)
-MAIN = Abilities(arithmetic=0.62, tools=0.25, plans=0.08, doubt=0.05)
+MAIN = Abilities(arithmetic=0.55, tools=0.32, plans=0.08, doubt=0.05)
 FAMILIES: Mapping[str, float] = MappingProxyType({**MIX.shares, "small": 0.06})
 """Shares of arithmetic problems in the main part."""
 REFRESH_AT = (0.10, 0.2, 0.35, 0.5, 0.65, 0.8)

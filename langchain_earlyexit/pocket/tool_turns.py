@@ -58,7 +58,7 @@ STOP_AT_GUESS_ODDS = 0.06
 DRILLS = 0.1
 """Share of texts about tools that only look up names."""
 TAUGHT: Mapping[str, float] = MappingProxyType(
-    {"copy": 0.30, "computed": 0.13, "choice": 0.22, "none": 0.08, "parallel": 0.14, "result": 0.13}
+    {"copy": 0.30, "computed": 0.11, "choice": 0.22, "none": 0.08, "parallel": 0.18, "result": 0.11}
 )
 """Kinds of problems in training texts: more than in examinations of those that are hard."""
 MAX_CHECKS = 4
@@ -142,9 +142,9 @@ def _opening(problem: ToolProblem, rng: random.Random) -> str:
 
 
 def _found(problem: ToolProblem, name: str) -> Segment:
-    """A tool by what it is for, as the list has it."""
+    """A tool by what it is for, as the list has it; by its name alone where the question names it."""
     what = purpose(next(tool for tool in problem.tools if tool["function"]["name"] == name))
-    return Segment(f" {what}: {name}." if what else f" I have {name}.")
+    return Segment(f" {what}: {name}." if what and name not in problem.question else f" I have {name}.")
 
 
 def _read_question(problem: ToolProblem, rng: random.Random) -> tuple[list[Segment], Calls]:
