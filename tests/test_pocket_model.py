@@ -105,7 +105,6 @@ def test_the_card_is_of_enough_problems(card: dict[str, Any]) -> None:
     assert min(counts[name] for name in ("beyond", "tools", "plans")) >= 500
 
 
-@pytest.mark.xfail(strict=True, reason="0.755 of 400 turns: it picks among tools of like kind by chance (0.49)")
 def test_the_tool_and_the_arguments_are_right_in_nine_of_ten_turns_with_unseen_names(card: dict[str, Any]) -> None:
     assert measured(card, "tools") >= 0.90
 
@@ -114,7 +113,6 @@ def test_plans_are_valid_on_unseen_templates(card: dict[str, Any]) -> None:
     assert measured(card, "plans") >= 0.85
 
 
-@pytest.mark.xfail(strict=True, reason="0.935 where arithmetic alone came to 0.948: 1.3 points below")
 def test_arithmetic_is_no_worse_than_that_of_the_weights_before(card: dict[str, Any]) -> None:
     assert measured(card, "arithmetic") >= 0.0  # the change's 95 % interval does not lie below nothing
     assert card["abilities"]["arithmetic"]["accuracy"]["full"] >= 0.938  # and the mean is within a point of 0.948

@@ -54,13 +54,14 @@ def mixed(i, out, prompt=None):
         yield Step((Close(1),))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_64_mixed_requests_in_any_order_of_arrival_say_what_each_says_alone(seed):
-    engine = engine_of()
+@pytest.mark.parametrize("room", [{}, {"pages": 400, "reuse": True}, {"pages": 30, "reuse": True}], ids=str)
+def test_64_mixed_requests_in_any_order_of_arrival_say_what_each_says_alone(room):
+    plain, engine = engine_of(), engine_of(**room)
     alone, together = [[] for _ in range(64)], [[] for _ in range(64)]
     for i in range(64):
-        list(engine.submit(mixed(i, alone[i])))
-    rng = random.Random(seed)
+        list(plain.submit(mixed(i, alone[i])))
+    plain.close()
+    rng = random.Random(str(room))
     order = rng.sample(range(64), 64)
     streams = []
     while order:
@@ -101,6 +102,17 @@ def test_a_request_that_can_never_fit_is_told_what_it_needs_and_the_others_go_on
     with pytest.raises(MemoryError, match="cache_bytes"):
         list(grows)
     assert 3 * PAGE < len(said) <= 4 * PAGE
+    assert len(list(engine.submit(talk(5)))) == 5
+    engine.close()
+
+
+def test_a_step_that_draws_two_tokens_of_one_branch_is_refused():
+    def doubled():
+        yield Step((Open(0, (5, 6)), Sample(0), Sample(0)))
+
+    engine = FunctionEngine(hashed)
+    with pytest.raises(ValueError, match="more than one token of a branch"):
+        list(engine.submit(doubled()))
     assert len(list(engine.submit(talk(5)))) == 5
     engine.close()
 

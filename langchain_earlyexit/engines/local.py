@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -162,7 +163,10 @@ def _locate(model: str) -> tuple[str, str | None]:
 
 
 def _share_of_memory(device: torch.device) -> int:
-    """Half of what there is: of the machine or its control group, or of what is free on an accelerator."""
+    """Half of what there is, of the machine or its control group, and not more than is free now that weights are there.
+
+    On an accelerator half of what is free.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     found = [_UNKNOWN_MEMORY]
@@ -171,7 +175,10 @@ def _share_of_memory(device: torch.device) -> int:
     group = Path("/sys/fs/cgroup/memory.max")
     if group.is_file() and (text := group.read_text().strip()).isdigit():
         found.append(int(text))
-    return min(found) // 2
+    share = min(found) // 2
+    told = Path("/proc/meminfo")
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", told.read_text(), re.MULTILINE) if told.is_file() else None
+    return share if available is None else min(share, 1024 * int(available[1]))
 
 
 # --- which path ---------------------------------------------------------------------------------------------------

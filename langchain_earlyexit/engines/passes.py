@@ -32,7 +32,12 @@ class Fed:
 def collect(model: Model, live: Sequence[Run], most_running: int) -> list[Fed]:
     """The rows of the next pass, of at most `most_running` programs, which stand in `live` in order of arrival."""
     ready = [run for run in live if run.waiting and not run.channel.full and not run.channel.stopped][:most_running]
-    hungry = [(run, branch) for run in ready for branch in run.hungry(model)]
+    hungry: list[tuple[Run, Branch]] = []
+    for run in ready:
+        try:
+            hungry += [(run, branch) for branch in run.hungry(model)]
+        except Exception as error:  # noqa: BLE001 - a cache that cannot be cut takes down its own program only
+            run.end(error.with_traceback(None))
     portions = _portions([branch for _, branch in hungry])
     fed: list[Fed] = []
     promised = 0

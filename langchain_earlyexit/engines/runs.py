@@ -73,6 +73,11 @@ class Run:
                     self.waiting.append((slot, op))
                 else:
                     self._edit(model, op)
+            sampled = [op.branch for _, op in self.waiting if isinstance(op, Sample)]
+            if len(set(sampled)) < len(sampled):
+                raise ValueError(
+                    f"a step draws more than one token of a branch: {sampled}; a token needs the one before it"
+                )
             closed = {op.branch for _, op in self.waiting} - self.branches.keys()
             if closed:
                 raise KeyError(f"a step reads branch {min(closed)}, which is not open at its end")
