@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -134,11 +135,13 @@ class Settings:
 NAMES = tuple(f.name for f in fields(Settings))
 
 _OF_OTHER_CHECKS = ("exit_policy", "answer_form")
-_READERS: Mapping[str, TypeAdapter[Any]] = {
-    name: TypeAdapter(kind)
-    for name, kind in {**get_type_hints(Settings), "stop": str | Sequence[str] | None}.items()
-    if name not in _OF_OTHER_CHECKS
-}
+
+
+@cache
+def _readers() -> Mapping[str, TypeAdapter[Any]]:
+    """By setting. Made at the first call that gives one: they take longer than this module."""
+    kinds = {**get_type_hints(Settings), "stop": str | Sequence[str] | None}
+    return {name: TypeAdapter(kind) for name, kind in kinds.items() if name not in _OF_OTHER_CHECKS}
 
 
 def _read(name: str, value: Any) -> Any:
@@ -146,7 +149,7 @@ def _read(name: str, value: Any) -> Any:
     if name in _OF_OTHER_CHECKS:
         return value
     try:
-        return _READERS[name].validate_python(value)
+        return _readers()[name].validate_python(value)
     except ValidationError as error:
         said = dict.fromkeys(told["msg"] for told in error.errors())
         raise ValueError(f"{name}={value!r} cannot be meant: {'; '.join(said)}") from None

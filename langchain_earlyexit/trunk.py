@@ -67,7 +67,10 @@ class Trunk:
         self, forbid: frozenset[int] = frozenset(), watch: tuple[int, ...] = (), allow: bytes | None = None
     ) -> Generator[Step, Inbox, Token]:
         """Append one sampled token."""
-        results = yield from self.step(Sample(TRUNK, self.request.sampling, forbid, watch, allow=allow))
+        return (yield from self._drawn(Sample(TRUNK, self.request.sampling, forbid, watch, allow=allow)))
+
+    def _drawn(self, op: Sample) -> Generator[Step, Inbox, Token]:
+        results = yield from self.step(op)
         self.length += 1
         token: Token = results[0]
         return token
@@ -86,10 +89,7 @@ class Trunk:
         """The next token of the thinking."""
         if self.ahead:
             return self.ahead.popleft()
-        results = yield from self.step(self._thinks)
-        self.length += 1
-        token: Token = results[0]
-        return token
+        return (yield from self._drawn(self._thinks))
 
     def peek(self) -> Generator[Step, Inbox, Token]:
         """The token that `read` gives next. It may not be drawn yet: then it is, a step early."""

@@ -564,23 +564,23 @@ class TestAFunctionAsTheModel:
         assert record(message)["engine"] == "function"
 
 
+def counting_rows():
+    """An engine that answers 4, and the number of rows of each of its passes."""
+    tokenizer, widths = byte_tokenizer(), []
+    engine = FunctionEngine(scripted(tokenizer, "It is 4.\n", "The answer is 4."), tokenizer)
+    forward = engine._model.forward
+    engine._model.forward = lambda rows: (widths.append(len(rows)), forward(rows))[1]
+    return engine, widths
+
+
 class TestBatches:
     def test_a_batch_shares_forward_passes(self):
-        tokenizer = byte_tokenizer()
-        model = scripted(tokenizer, "It is 4.\n", "The answer is 4.")
-        engine = FunctionEngine(model, tokenizer)
-        widest = []
-        forward = engine._model.forward
-        engine._model.forward = lambda rows: (widest.append(len(rows)), forward(rows))[1]
+        engine, widest = counting_rows()
         ChatEarlyExit(engine=engine).batch(["2 + 2?"] * 24)
         assert max(widest) > 12
 
     def test_generate_shares_forward_passes_and_keeps_order_runs_and_errors(self):
-        tokenizer = byte_tokenizer()
-        engine = FunctionEngine(scripted(tokenizer, "It is 4.\n", "The answer is 4."), tokenizer)
-        widest = []
-        forward = engine._model.forward
-        engine._model.forward = lambda rows: (widest.append(len(rows)), forward(rows))[1]
+        engine, widest = counting_rows()
         llm, own = ChatEarlyExit(engine=engine), uuid.uuid4()
         asked = [[HumanMessage("2 + 2?")], [SystemMessage("Be brief."), HumanMessage("2 + 2?")]] * 12
         found = llm.generate(asked, run_id=own)
@@ -595,10 +595,6 @@ class TestBatches:
             llm.generate(asked, max_tokens=0)
 
     def test_max_concurrency_is_still_the_caller_s(self):
-        tokenizer = byte_tokenizer()
-        engine = FunctionEngine(scripted(tokenizer, "It is 4.\n", "The answer is 4."), tokenizer)
-        widest = []
-        forward = engine._model.forward
-        engine._model.forward = lambda rows: (widest.append(len(rows)), forward(rows))[1]
+        engine, widest = counting_rows()
         ChatEarlyExit(engine=engine).batch(["2 + 2?"] * 8, config={"max_concurrency": 2})
         assert max(widest) <= 2

@@ -188,7 +188,8 @@ def test_a_short_prompt_is_read_at_once_beside_a_long_one_that_came_first():
     engine.close()
 
 
-def test_a_program_that_gave_its_memory_back_shares_it_among_its_branches_again():
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_program_that_gave_its_memory_back_shares_it_among_its_branches_again(reuse):
     def trial_beside(out):
         yield Step((Open(0, tuple(range(5, 255)) + tuple(range(5, 75))), Sample(0)))
         yield Step((Fork(0, 1, 5 * PAGE), Feed(1, (7, 8)), Sample(1), Sample(0)))
@@ -197,7 +198,7 @@ def test_a_program_that_gave_its_memory_back_shares_it_among_its_branches_again(
             out.extend(token.id for token in inbox.results)
 
     outs = [], []
-    for engine, out in zip((engine_of(), engine_of(pages=9)), outs, strict=True):
+    for engine, out in zip((engine_of(), engine_of(pages=9, reuse=reuse)), outs, strict=True):
         evicted = []
         inner = engine._model.rewind
         engine._model.rewind = lambda cache, n, inner=inner, evicted=evicted: (evicted.append(n), inner(cache, n))[1]

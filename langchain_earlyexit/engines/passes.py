@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from langchain_earlyexit.engines.model import KEPT, Model, Row
-from langchain_earlyexit.engines.runs import Branch, Run
+from langchain_earlyexit.engines.runs import Branch, Run, drop
 
 ALONE = 512
 """Prompt tokens per pass when nobody decodes: enough to keep the processor busy."""
@@ -37,7 +37,7 @@ def collect(model: Model, live: Sequence[Run], most_running: int) -> list[Fed]:
         try:
             hungry += [(run, branch) for branch in run.hungry(model)]
         except Exception as error:  # noqa: BLE001 - a cache that cannot be cut takes down its own program only
-            run.end(error.with_traceback(None))
+            run.end(error)
     portions = _portions([branch for _, branch in hungry])
     fed: list[Fed] = []
     promised = 0
@@ -52,6 +52,7 @@ def collect(model: Model, live: Sequence[Run], most_running: int) -> list[Fed]:
                 continue
             branch.cached = model.adopt(branch.cache, branch.ids[: _adoptable(branch)])
             if _waits_for_kin(model, run, branch):
+                drop(model, branch, 0)  # what it adopted, too: it starts when the other has read
                 continue
         missing = len(branch.ids) - branch.cached
         tokens = min(missing, portions[id(branch)])

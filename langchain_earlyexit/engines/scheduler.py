@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -108,9 +107,9 @@ class ScheduledEngine:
         try:
             if not self._serve(live):
                 return
-            error: Exception = RuntimeError("the engine was closed while this request ran")
+            error: BaseException = RuntimeError("the engine was closed while this request ran")
         except BaseException as caught:  # noqa: BLE001 - whatever it is, readers must not wait for a worker that is gone
-            error = told(caught)
+            error = caught
         with self._wake:
             stopped = [*live, *self._queue]
             self._queue.clear()
@@ -164,7 +163,7 @@ class ScheduledEngine:
                 try:
                     run.go_on(self._model)
                 except BaseException as error:  # noqa: BLE001 - a failing program takes down itself only
-                    run.end(told(error))
+                    run.end(error)
         fed = collect(self._model, live, self._max_running)
         if fed:
             for part, logits in self._forward(fed):
@@ -177,7 +176,7 @@ class ScheduledEngine:
             logits = self._model.forward([one.row for one in fed])
         except BaseException as error:  # noqa: BLE001 - handed to the requests that cause it; the worker lives on
             if len(fed) == 1:
-                fed[0].run.end(told(error))
+                fed[0].run.end(error)
                 return []
         if logits is None:  # not within `except`: what is raised in there would hold on to all rows of this pass
             return [part for one in fed if not one.run.channel.done for part in self._forward([one])]
@@ -195,7 +194,7 @@ class ScheduledEngine:
             try:
                 run.read_hidden(self._model)
             except BaseException as error:  # noqa: BLE001 - a failing program takes down itself only
-                run.end(told(error))
+                run.end(error)
         asked = [
             (i, one.run, one.branch, slot, op)
             for i, one in enumerate(fed)
@@ -232,7 +231,7 @@ def _alone(logits: NDArray[np.float32], op: Sample, u: float) -> Token | Excepti
     try:
         return pick_all(logits[None], [op], [u])[0]
     except Exception as error:  # noqa: BLE001 - handed to the request that causes it
-        return error.with_traceback(None)
+        return error
 
 
 def _keep(run: Run) -> bool:
@@ -251,23 +250,6 @@ def _seconds_until(deadlines: Iterable[float | None]) -> float | None:
     """Until the first of them; None if there is none: then only a notification ends the wait."""
     first = min((deadline for deadline in deadlines if deadline is not None), default=None)
     return None if first is None else max(0.0, first - time.monotonic()) + 0.001
-
-
-def told(error: BaseException) -> Exception:
-    """`error` for a reader, its traceback as a note: frames, and those that called them, keep a whole pass's caches."""
-    if error.__traceback__ is not None:
-        error.add_note("in the engine's thread:\n" + "".join(traceback.format_exception(error)))
-    link: BaseException | None = error
-    seen: set[int] = set()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    if isinstance(error, Exception):
-        return error
-    ended = RuntimeError(f"the request was ended by {type(error).__name__}: {error}")  # that is not the reader's
-    ended.__cause__ = error
-    return ended
 
 
 def _at_exit(reference: weakref.ref[ScheduledEngine]) -> None:

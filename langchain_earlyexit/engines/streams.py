@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -55,7 +56,7 @@ class Channel:
     def finish(self, error: BaseException | None = None) -> None:
         with self.lock:
             if not self.done:
-                self.done, self.error = True, error
+                self.done, self.error = True, None if error is None else told(error)
             self._notify()
 
     def _notify(self) -> None:
@@ -163,3 +164,20 @@ class EventStream:
                 yield event
         finally:
             self._left()
+
+
+def told(error: BaseException) -> Exception:
+    """`error` for a reader, its traceback as a note: frames, and those that called them, keep a whole pass's caches."""
+    if error.__traceback__ is not None:
+        error.add_note("in the engine's thread:\n" + "".join(traceback.format_exception(error)))
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    if isinstance(error, Exception):
+        return error
+    ended = RuntimeError(f"the request was ended by {type(error).__name__}: {error}")  # that is not the reader's
+    ended.__cause__ = error
+    return ended

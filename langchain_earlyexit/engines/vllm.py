@@ -26,9 +26,8 @@ from langchain_earlyexit.engines.fleet import Fleet
 from langchain_earlyexit.engines.lines import Source
 from langchain_earlyexit.engines.loops import Bell, LoopThread
 from langchain_earlyexit.engines.program import Done, Event, Inbox, Program, Sample, Step, Told
-from langchain_earlyexit.engines.scheduler import told
 from langchain_earlyexit.engines.servers import Known, meet
-from langchain_earlyexit.engines.streams import Channel, EventStream
+from langchain_earlyexit.engines.streams import Channel, EventStream, told
 from langchain_earlyexit.engines.wire import Circuit, Patience, Server, Wire
 from langchain_earlyexit.sampling import Sampling
 
@@ -240,9 +239,9 @@ class VLLMEngine:
             pass  # by its reader, or by `close`
         except TimeoutError as caught:
             late = TimeoutError("the request ran past its timeout and was cancelled")
-            run.error = late if limit.expired() else told(caught)
+            run.error = late if limit.expired() else caught
         except BaseException as caught:  # noqa: BLE001 - a failing program takes down itself only
-            run.error = told(caught)
+            run.error = caught
         finally:
             if run.placed:
                 self._places.release()
