@@ -42,6 +42,12 @@ class Fields(BaseChatModel):
     cache_bytes: int | None = Field(default=None, ge=1)
     """Most bytes that the keys and values of all calls may take together; half of the memory when None. Calls that do
     not fit wait in line, and one that cannot fit alone raises MemoryError. Of the local engine only."""
+    reuse_prompts: bool = True
+    """Keep the keys and values of prompts, in a quarter of that memory, for calls that begin alike. A call then shows
+    by its speed whether another began so: turn it off where callers must not learn that of each other. Of the local
+    engine only; a server has a setting of its own."""
+    max_running: int | None = Field(default=None, ge=1)
+    """Calls that run at once, 64 when None; more wait in line, first come first served. Equal models share one line."""
     trust_remote_code: bool = False
     probe: Any = None
     """Measures `p_safe` for LYNX: a `Probe`, a directory that holds one, or a hub id. Refused on another model. When

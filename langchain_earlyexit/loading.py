@@ -44,6 +44,8 @@ class Source:
     revision: str | None
     quantization_config: Any
     cache_bytes: int | None
+    reuse_prompts: bool
+    max_running: int | None
     trust_remote_code: bool
     probe: Any
     calibration: Any
@@ -91,6 +93,7 @@ class Source:
             own: Engine = self.engine
             return own
         model = str(weights_dir()) if self.model == "pocket" else self.model
+        given = {} if self.max_running is None else {"max_running": self.max_running}
         if self.engine == "vllm":
             return connect(
                 holder=holder,
@@ -100,6 +103,7 @@ class Source:
                 max_retries=self.max_retries,
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
+                **given,
             )
         return acquire(
             holder=holder,
@@ -111,6 +115,8 @@ class Source:
             trust_remote_code=self.trust_remote_code,
             quantization_config=self.quantization_config,
             cache_bytes=self.cache_bytes,
+            reuse_prompts=self.reuse_prompts,
+            **given,
             token=self._token,
             max_retries=self.max_retries,
         )
@@ -259,11 +265,18 @@ def _check_own(source: Source) -> None:
     kind = type(source.engine).__name__
     if not isinstance(source.engine, Engine):
         raise ValueError(f"engine must be 'transformers', 'vllm' or an Engine, not {kind}")
-    if source.cache_bytes is not None:
-        raise ValueError(
-            f"cache_bytes={source.cache_bytes} bounds the memory of engine='transformers', but engine is a {kind}, "
-            "which is built already; set the bound where that is built"
-        )
+    for name in ("cache_bytes", "max_running"):
+        if getattr(source, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(source, name)} is a bound for an engine that is yet to be built, but engine is a "
+                f"{kind}, which is built already; set the bound where that is built"
+            )
+    _check_reuse(source, f"but engine is a {kind}; turn it off where that is built")
+
+
+def _check_reuse(source: Source, instead: str) -> None:
+    if not source.reuse_prompts:
+        raise ValueError(f"reuse_prompts=False is a setting of engine='transformers', {instead}")
 
 
 def _check_remote(source: Source) -> None:
@@ -275,6 +288,7 @@ def _check_remote(source: Source) -> None:
                 f"{name}={getattr(source, name)!r} says how weights are loaded, but with engine='vllm' the server "
                 "has loaded them; leave it out"
             )
+    _check_reuse(source, "but with engine='vllm' the server decides; turn it off there (--no-enable-prefix-caching)")
 
 
 _own_engines: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()

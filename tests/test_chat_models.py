@@ -24,6 +24,10 @@ def llm(pocket):
     return ChatEarlyExit(model=pocket, exit_policy=DEER(threshold=0.9), seed=5)
 
 
+def said(message):
+    return message.additional_kwargs["reasoning_content"], message.text
+
+
 def record(message):
     return message.response_metadata["early_exit"]
 
@@ -223,6 +227,16 @@ class TestSettings:
         assert fresh.text.rstrip(".") == reused.text.rstrip(".")
         assert reused.usage_metadata["output_tokens"] < fresh.usage_metadata["output_tokens"]
 
+    @pytest.mark.parametrize("look", ["wait", "parallel"])
+    @pytest.mark.parametrize("temperature", [0.0, 0.8])
+    def test_looking_leaves_no_mark_on_twelve_questions_at_once(self, llm, look, temperature):
+        questions = [f"What is {37 + i} + {48 - i} * 2 - {15 + 2 * i}?" for i in range(12)]
+        given = {"temperature": temperature, "max_tokens": 250}
+        plain = llm.batch(questions, **given, exit_policy="never")
+        looked = llm.batch(questions, **given, exit_policy=DEER(threshold=0.1), shadow=True, look=look)
+        assert all(record(message)["trial_tokens"] > 0 for message in looked)
+        assert [said(message) for message in looked] == [said(message) for message in plain]
+
     def test_waiting_and_parallel_looks_give_the_same_text(self, llm):
         parallel, wait = llm.invoke(QUESTION), llm.invoke(QUESTION, look="wait")
         assert parallel.text == wait.text
@@ -360,6 +374,36 @@ class TestBadInput:
             ChatEarlyExit(engine="vllm", base_url="http://localhost:1", cache_bytes=600_000)
         with pytest.raises(ValueError, match="cache_bytes"):
             ChatEarlyExit(cache_bytes=0)
+
+    def test_prompts_are_kept_for_those_that_begin_alike_unless_that_is_turned_off(self):
+        for reuse in (True, False):
+            with ChatEarlyExit(model="pocket", reuse_prompts=reuse, max_tokens=16, temperature=0) as llm:
+                llm.invoke("1 + " * 80 + "1?")
+                assert (llm._bind().engine._model.remembered_pages > 0) is reuse
+
+    def test_as_many_calls_run_at_once_as_was_said(self):
+        seen = set()
+        for most in (1, 2):
+            with ChatEarlyExit(model="pocket", max_running=most, max_tokens=60, temperature=0) as llm:
+                engine = llm._bind().engine
+                asking = threading.Thread(target=llm.batch, args=([QUESTION] * 5,))
+                asking.start()
+                while asking.is_alive():
+                    seen.add((most, engine.running))
+                    time.sleep(0.001)
+        assert max(running for most, running in seen if most == 1) == 1
+        assert max(running for most, running in seen if most == 2) == 2
+
+    def test_what_only_an_engine_yet_to_be_built_can_be_told_is_refused_of_others(self):
+        own = FunctionEngine(lambda ids: [0.0] * 256)
+        with pytest.raises(ValueError, match=r"max_running=3 .* engine is a FunctionEngine"):
+            ChatEarlyExit(engine=own, max_running=3)
+        with pytest.raises(ValueError, match=r"reuse_prompts=False .* engine is a FunctionEngine"):
+            ChatEarlyExit(engine=own, reuse_prompts=False)
+        with pytest.raises(ValueError, match=r"reuse_prompts=False .* the server decides"):
+            ChatEarlyExit(engine="vllm", base_url="http://localhost:1", reuse_prompts=False)
+        with pytest.raises(ValueError, match="max_running"):
+            ChatEarlyExit(max_running=0)
 
     def test_another_model_cannot_be_swapped_in_per_call(self, llm):
         with pytest.raises(ValueError, match="cannot be swapped"):

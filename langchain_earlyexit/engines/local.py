@@ -33,6 +33,11 @@ _UNKNOWN_MEMORY = 8 << 30
 _TOLERANCE = 1e-3
 """Largest difference of log-probabilities in float32, root mean square. A wrong path is off by whole units."""
 
+_HALF_TOLERANCE = 0.06
+"""In half precision, that difference as a share of the log-probabilities' own spread. Tiny models of nine families are
+off by 0.01 to 0.02 on the right path, and by 0.5 or more where a window or sinks are ignored. What the plain path is
+off by with a cache bounds it no better: it is 0 where both run the same operations."""
+
 
 @dataclass(frozen=True)
 class LocalSettings:
@@ -187,8 +192,7 @@ def _share_of_memory(device: torch.device) -> int:
 def _choose(model: Any) -> tuple[PackedModel | SeparateModel, str]:
     """The packed path if this model proves to compute the same on it, else the separate one.
 
-    The judge is the plain model without a cache. What the plain model with a cache is off by is rounding, and bounds in
-    half precision what packed attention may be off by.
+    The judge is the plain model without a cache.
     """
     reason = _unpackable(model)
     one_by_one = False
@@ -197,7 +201,7 @@ def _choose(model: Any) -> tuple[PackedModel | SeparateModel, str]:
         try:
             work = _rehearse(SeparateModel(model), model)
             expected = _alone(model, work)
-            rounding = _gap(work, expected)
+            rounding = _gap(model, work, expected)
         except Exception as error:  # noqa: BLE001 - whatever it is, the plain path is what is left
             _log.warning("the plain path failed on %s", type(model).__name__, exc_info=True)
             reason = reason or f"there is nothing to compare with ({type(error).__name__}: {error})"
@@ -205,7 +209,10 @@ def _choose(model: Any) -> tuple[PackedModel | SeparateModel, str]:
             if model.dtype == torch.float32 and not rounding <= _TOLERANCE:
                 one_by_one = True
                 reason = reason or f"its cache is off by {rounding:.2g} when it goes on by several tokens"
-            tolerance = _TOLERANCE if model.dtype == torch.float32 else max(_TOLERANCE, 3 * rounding)
+            tolerance = _TOLERANCE
+            if model.dtype != torch.float32:
+                spread = float(np.mean([row.std() for row in expected]))
+                tolerance = max(tolerance, 3 * rounding, _HALF_TOLERANCE * spread)
             for lean in (True, False) if reason is None else ():
                 try:
                     packed = PackedModel(model, lean=lean)
@@ -227,7 +234,7 @@ def _choose(model: Any) -> tuple[PackedModel | SeparateModel, str]:
 
 def _fault(packed: PackedModel, model: Any, expected: Sequence[NDArray[np.float32]], tolerance: float) -> str | None:
     """What is wrong with the packed path for this model, or None."""
-    gap = _gap(_rehearse(packed, model), expected)
+    gap = _gap(model, _rehearse(packed, model), expected)
     if packed.calls != packed.layers * packed.passes:
         return f"{packed.calls} of {packed.layers * packed.passes} attentions were packed"
     return None if gap <= tolerance else f"packed and plain log-probabilities differ by {gap:.2g}"
@@ -307,8 +314,10 @@ def _alone(model: Any, work: Work) -> list[NDArray[np.float32]]:
     return [row - np.logaddexp.reduce(row) for row in rows]
 
 
-def _gap(work: Work, expected: Sequence[NDArray[np.float32]]) -> float:
-    """Largest over the rows of their root mean square difference: one odd token of 150,000 says little."""
-    return max(
-        float(np.sqrt(np.mean(np.square(a - b, dtype=np.float64)))) for (_, a), b in zip(work, expected, strict=True)
-    )
+def _gap(model: Any, work: Work, expected: Sequence[NDArray[np.float32]]) -> float:
+    """Largest over the rows of their root mean square difference: one odd token of 150,000 says little.
+
+    In half precision their median: rounding sends a token to another expert here and there.
+    """
+    gaps = [np.sqrt(np.mean(np.square(a - b, dtype=np.float64))) for (_, a), b in zip(work, expected, strict=True)]
+    return float(max(gaps) if model.dtype == torch.float32 else np.median(gaps))

@@ -66,6 +66,7 @@ def connect(
     max_retries: int,
     revision: str | None,
     trust_remote_code: bool,
+    max_running: int = 64,
 ) -> Engine:
     """The remote engine for these settings, shared and given back as `acquire`'s: see `vllm.VLLMEngine` for them.
 
@@ -80,7 +81,7 @@ def connect(
             raise
         raise ImportError("engine='vllm' needs httpx: pip install 'langchain-earlyexit[vllm]'") from error
 
-    wanted = (base_url, model, api_key, max_retries, revision, trust_remote_code)
+    wanted = (base_url, model, api_key, max_retries, revision, trust_remote_code, max_running)
 
     def build() -> Engine:
         return VLLMEngine(
@@ -90,6 +91,7 @@ def connect(
             patience=Patience(retries=max_retries),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            max_running=max_running,
         )
 
     return _share(holder, wanted, build)
