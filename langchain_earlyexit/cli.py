@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from langchain_earlyexit._version import __version__
@@ -98,11 +99,18 @@ def _ask(given: argparse.Namespace) -> None:
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, choices=range(1, 6), action="append", help="one block alone; repeatable")
     parser.add_argument("--quick", action="store_true", help="tiny loads, to see that all of it runs")
+    parser.add_argument("--out", type=Path, default=None, help="also write the table to this file")
+
+
+_BENCH_HEAD = """# Speed
+
+By `{command}`: medians of interleaved runs; ratios are medians of the ratios of rounds. Ours is `ChatEarlyExit`
+on the local engine; what is beside it runs the same weights, in the same process, on as many threads."""
 
 
 def _bench(given: argparse.Namespace) -> None:
     from langchain_earlyexit.lab.bench import BLOCKS, Size
-    from langchain_earlyexit.lab.measured import Line, table
+    from langchain_earlyexit.lab.measured import Line, machine, table
 
     lines: list[Line] = []
     try:
@@ -110,7 +118,13 @@ def _bench(given: argparse.Namespace) -> None:
             lines += BLOCKS[block](Size(quick=given.quick))
     finally:  # what has been measured is told, also where a later block fails
         if lines:
-            print(table(lines))
+            told = f"{machine()}; {date.today().isoformat()}\n\n{table(lines)}"
+            print(told)
+            if given.out is not None:
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                command = "earlyexit bench" + "".join(f" --block {block}" for block in given.block or ())
+                head = _BENCH_HEAD.format(command=command + " --quick" * given.quick)
+                given.out.write_text(f"{head}\n\n{told}\n", encoding="utf-8")
 
 
 def _agents_arguments(parser: argparse.ArgumentParser) -> None:

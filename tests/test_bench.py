@@ -1,7 +1,9 @@
 """The bench runs, and its table says what was measured and what was not."""
 
 import pytest
+import torch
 
+from langchain_earlyexit.cli import main
 from langchain_earlyexit.lab import bench
 from langchain_earlyexit.lab.bench import BLOCKS, Size
 from langchain_earlyexit.lab.measured import Line, interleaved, ratio, table
@@ -44,6 +46,15 @@ def test_a_peer_that_does_not_run_is_in_the_table_with_its_reason(monkeypatch):
         assert told[peer].theirs is None
         assert told[peer].note == "does not run: RuntimeError: no such kernel"
     assert told["generate() in turn"].theirs > 0
+
+
+def test_the_table_is_written_with_the_machine_it_was_measured_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("langchain_earlyexit.lab.bench.BLOCKS", {1: lambda size: [Line(1, "speed", 2.0)]})
+    main(["bench", "--block", "1", "--out", str(tmp_path / "new" / "bench.md")])
+    written = (tmp_path / "new" / "bench.md").read_text()
+    assert f"{torch.get_num_threads()} threads; torch {torch.__version__.split('+')[0]}" in written
+    assert "| speed | 2 " in written
+    assert capsys.readouterr().out.strip() in written
 
 
 @pytest.mark.slow
