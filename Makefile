@@ -65,8 +65,8 @@ bench-agents: $(VENV)/ready  ## Problems of several steps, planned and solved by
 headline: $(VENV)/ready  ## All policies side by side on the bundled model, into docs/headline.* (about an hour on 2 cores; resumable)
 	$(BIN)/earlyexit headline --search --write
 
-pocket: $(VENV)/ready  ## Train the bundled model again from nothing (more than an hour on 2 free cores; resumable)
+pocket: $(VENV)/ready  ## Train the bundled model again from nothing (about two hours on 2 free cores; resumable)
 	$(BIN)/earlyexit pocket train --out runs/pocket
 
 clean:  ## Remove the environment and caches
-	rm -rf $(VENV) $(PHOENIX) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(PHOENIX) .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -262,6 +262,21 @@ CHOICE: Final = Choice()
 TEXT: Final = Text()
 FORMS: Final[dict[str, AnswerForm]] = {form.name: form for form in (BOXED, CHOICE, TEXT)}
 
+
+def graded_form(name: str) -> AnswerForm:
+    """The form of this name, for what compares answers.
+
+    Raises:
+        ValueError: answers of this form are not compared; calls of tools and answers under a schema have such forms.
+    """
+    if name not in FORMS:
+        raise ValueError(
+            f"answers of form {name!r} cannot be compared, so nothing can be promised, learned or told of them; "
+            f"compared are {', '.join(FORMS)}. Collect turns without tools and response_format"
+        )
+    return FORMS[name]
+
+
 _OPTION_LINE: Final = re.compile(r"^[ \t>*-]*\(?([A-J])[).:]\**[ \t]+\S", re.MULTILINE)
 _ASKS_FOR_LETTER: Final = re.compile(
     r"\b(?:answer|reply|respond)\b[^.\n]{0,20}\b(?:with|by|using)\b[^.\n]{0,30}\bletter\b(?! (?:to|from|of (?!the\b)))"

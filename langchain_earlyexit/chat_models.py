@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from langchain_protocol.protocol import MessagesData
 
 _BATCH_WIDTH = 64
-"""Calls of one `batch` in flight: as many as the local engine runs at once."""
+"""Calls of one `batch` in flight where `max_running` does not say: as many as an engine runs at once."""
 
 
 class ChatEarlyExit(Tooled, Copied, Fields):
@@ -127,7 +127,9 @@ class ChatEarlyExit(Tooled, Copied, Fields):
 
         `config["max_concurrency"]` sets how many, as usual.
         """
-        wide = [{"max_concurrency": _BATCH_WIDTH, **one} for one in get_config_list(config, len(inputs))]
+        wide = [
+            {"max_concurrency": self.max_running or _BATCH_WIDTH, **one} for one in get_config_list(config, len(inputs))
+        ]
         return super().batch(inputs, cast("list[RunnableConfig]", wide), return_exceptions=return_exceptions, **kwargs)
 
     def generate(
@@ -142,7 +144,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
         if len(messages) < 2:
             return ask(messages, stop, callbacks, **kwargs)
         ids = [kwargs.pop("run_id", None), *[None] * (len(messages) - 1)]  # one id is the first run's, as in core
-        with ContextThreadPoolExecutor(min(len(messages), _BATCH_WIDTH)) as threads:
+        with ContextThreadPoolExecutor(min(len(messages), self.max_running or _BATCH_WIDTH)) as threads:
             asked = [
                 threads.submit(ask, [one], stop, callbacks, run_id=id_, **kwargs)
                 for one, id_ in zip(messages, ids, strict=True)

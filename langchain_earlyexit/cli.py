@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:  # an import error names the extra to install
         print(f"earlyexit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -71,7 +71,9 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question")
     parser.add_argument("--model", default="pocket", help="pocket, a hub id, a directory, or one with a .gguf file")
     parser.add_argument(
-        "--policy", default="deer", help="never, deer, codestop, lynx, convergence, eat or thinkbrake, as they are"
+        "--policy",
+        default="deer",
+        help="never, deer, codestop, lynx, probethentrial, convergence, eat, thinkbrake or giveup",
     )
     parser.add_argument("--probe", default=None, help="directory or hub id of the probe that lynx needs")
     parser.add_argument("--budget", type=int, default=None, help="cap on thinking tokens; 0 for none at all")

@@ -63,8 +63,8 @@ class Fields(BaseChatModel):
     """Seconds for one whole call, waiting in line included; past it TimeoutError is raised and the call is stopped."""
 
     exit_policy: Any = None
-    """A policy, or its name ("never", "deer", "codestop", "lynx", "convergence", "eat", "thinkbrake", "giveup"); None
-    never exits."""
+    """A policy, or its name ("never", "deer", "codestop", "lynx", "convergence", "eat", "thinkbrake", "giveup",
+    "probethentrial"); None never exits."""
     confidence: float | None = None
     """1 - epsilon, where epsilon is the highest tolerated chance that leaving early changes the answer. Needs a
     `calibration`, whose next stricter level is served; takes the place of `exit_policy`."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+_Real = TypeVar("_Real", np.float32, np.float64)
 _HEADS = (64, 1024)
 """Candidates sorted at first when `top_p` cuts: sorting a whole 150k vocabulary would cost more than the model."""
 
@@ -183,29 +184,30 @@ def _entropy(logits: NDArray[np.float32], norm: float) -> float:
 
 def _draw(logits: NDArray[np.float32], sampling: Sampling, draws: NDArray[np.float64]) -> NDArray[np.intp]:
     """One id per row of [rows, vocabulary], by where each uniform number falls among the weights that are left."""
+    if 0 < sampling.top_k < logits.shape[1]:
+        # Only what is left is exponentiated: of a vocabulary of 150,000 the rest would cost more than a small model.
+        ids, logits = _descending(logits, sampling.top_k)
+        among = _draw(logits, replace(sampling, top_k=0), draws)
+        found: NDArray[np.intp] = np.take_along_axis(ids, among[:, None], axis=1)[:, 0]
+        return found
     # Scaled before the exponential, so that a tiny temperature sends all but the likeliest to zero.
     weights = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / sampling.temperature)
     size = weights.shape[1]
-    if not sampling.top_k and sampling.top_p == 1.0:  # nothing to sort for
+    if sampling.top_p == 1.0:  # nothing to sort for
         if sampling.min_p:
             weights[weights < sampling.min_p] = 0.0
         return _inverse(weights, draws)
-    width = min(size, sampling.top_k or size)
     out = np.empty(len(weights), dtype=np.intp)
     # Few tokens hold most of the weight: a row whose head does not reach `top_p` goes on to a longer one.
     left = np.arange(len(weights))
-    for head in [h for h in _HEADS if h < width] + [width]:
+    for head in [h for h in _HEADS if h < size] + [size]:
         those = weights if len(left) == len(weights) else weights[left]
         ids, sorted_ = _descending(those, head)
-        # The share of top-k itself is only known once all k are there.
-        total = sorted_.sum(axis=1) if sampling.top_k else those.sum(axis=1)
-        if sampling.top_k and head < width:
-            total = np.partition(those, size - width, axis=1)[:, size - width :].sum(axis=1)
         before = np.cumsum(sorted_, axis=1) - sorted_
-        keep = before < sampling.top_p * total[:, None] if sampling.top_p < 1.0 else np.ones_like(sorted_, dtype=bool)
+        keep = before < sampling.top_p * those.sum(axis=1)[:, None]
         # Among equal weights at its end, a head holds some and not others: what is kept must lie above them.
         least = np.take_along_axis(sorted_, keep.sum(axis=1, keepdims=True) - 1, axis=1)[:, 0]
-        done = least > sorted_[:, -1] if head < width else np.ones(len(left), dtype=bool)
+        done = least > sorted_[:, -1] if head < size else np.ones(len(left), dtype=bool)
         kept = np.where(keep & (sorted_ >= sampling.min_p), sorted_, 0.0)[done]
         at = left[done]
         out[at] = np.take_along_axis(ids[done], _inverse(kept, draws[at])[:, None], axis=1)[:, 0]
@@ -225,7 +227,7 @@ def _inverse(weights: NDArray[np.float64], draws: NDArray[np.float64]) -> NDArra
     return found
 
 
-def _descending(weights: NDArray[np.float64], width: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def _descending(weights: NDArray[_Real], width: int) -> tuple[NDArray[np.intp], NDArray[_Real]]:
     """Ids and values of the `width` largest weights per row, largest first; ties go to the lower id: order never
     drifts.
     """

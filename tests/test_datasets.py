@@ -171,8 +171,9 @@ def test_a_draw_keeps_the_order_and_hangs_on_the_seed(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "1+1?"}, r'own.jsonl:1 must be an object with "question" and "answer"'),
-        ({"question": "1+1?", "answer": " "}, "has no question or no answer"),
+        ({"answer": "2"}, r'own.jsonl:1 must be an object with "question", and "answer" if it is known'),
+        ({"question": " "}, "has an empty question or an empty answer"),
+        ({"question": "1+1?", "answer": " "}, "has an empty question or an empty answer"),
         ({"question": "Which?", "answer": "C", "options": ["x", "y"]}, "'C', which is none of its options A, B"),
         ({"question": "1+1?", "answer": "2", "form": "box"}, "has the form 'box'; known are"),
         ({"question": "Which?", "answer": "A", "options": ["x"] * 11}, "has 11 options, but letters only go up to J"),
@@ -181,6 +182,12 @@ def test_a_draw_keeps_the_order_and_hangs_on_the_seed(tmp_path):
 def test_a_line_that_is_no_question_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         load(lines(tmp_path / "own.jsonl", row))
+
+
+def test_an_answer_that_nobody_knows_may_be_left_out(tmp_path):
+    options = {"question": "Which?", "options": ["x", "y"]}
+    path = lines(tmp_path / "own.jsonl", {"question": "1+1?"}, {"question": "2+2?", "answer": None}, options)
+    assert [(one.form, one.answer) for one in load(path)] == [("boxed", None), ("boxed", None), ("choice", None)]
 
 
 def test_two_questions_with_one_id_and_too_few_questions_are_refused(tmp_path):

@@ -118,6 +118,31 @@ def test_packed_rows_read_across_their_pages(family, monkeypatch):
     assert off_by(PackedModel(model), plain) < 1e-3
 
 
+def test_a_pass_that_fails_before_it_computes_leaves_every_cache_as_it_was(monkeypatch):
+    for module in ("attention", "memory", "packed", "pages"):
+        monkeypatch.setattr(f"langchain_earlyexit.engines.{module}.PAGE", 4)
+    core = PackedModel(tiny("Llama", {}))
+    trunk = core.new()
+    core.forward([Row(trunk, [5, 6, 7, 8, 9, 10])])
+    twins = [core.fork(trunk, 6) for _ in range(3)]
+    work = [Row(trunk, [11]), *(Row(twin, [12, 13, 14, 15 + i]) for i, twin in enumerate(twins))]
+    real, held = core._memory.prepare, core.held_pages
+
+    def failing(growths):
+        monkeypatch.setattr(core._memory, "prepare", real)
+        raise MemoryError("no room for the copies")
+
+    monkeypatch.setattr(core._memory, "prepare", failing)
+    with pytest.raises(MemoryError):
+        core.forward(work)
+    assert core.held_pages == held
+    plain = tiny("Llama", {})
+    for row, logits in zip(work, core.forward(work), strict=True):
+        with torch.inference_mode():
+            wanted = plain(torch.tensor([[5, 6, 7, 8, 9, 10, *row.ids]]), use_cache=False).logits[0, -1].numpy()
+        assert np.abs(wanted - logits).max() < 1e-3
+
+
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_a_family_of_the_common_shape_runs_lean_and_its_modules_still_work(family):
     model, plain = (tiny(family, PACKABLE[family] | {"attention_bias": True, "mlp_bias": True}) for _ in range(2))
@@ -160,6 +185,20 @@ def test_a_recurrent_family_runs_separately_and_computes_the_same(family, caplog
     assert "failed on" not in caplog.text
     assert "one branch at a time" in caplog.text
     assert off_by(core, plain) < 1e-3
+
+
+@pytest.mark.parametrize("first", [3, 40])
+def test_memory_of_a_recurrent_family_does_not_hang_on_how_long_the_first_prompt_is(first):
+    core = SeparateModel(tiny("Qwen3Next", RECURRENT["Qwen3Next"]))
+    core.bound(10**9)
+    branch, other = core.new(), core.new()
+    core.forward([Row(branch, [5] * first)])
+    core.forward([Row(branch, [6] * (100 - first))])
+    size = 2 * 4 * 2 * 8  # key and value, float32, heads, their size: of the one layer in four that attends
+    assert core.need(branch, 1000) == pytest.approx(1000 * size, rel=0.05)
+    state = core.need(other, 1000) - core.need(branch, 1000)
+    assert state > 20 * size
+    assert core.limit - core.left() == pytest.approx(100 * size + state, rel=0.05)
 
 
 def test_the_record_names_the_separate_path(tmp_path):

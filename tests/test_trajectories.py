@@ -195,7 +195,7 @@ class TestReplay:
         engine.close()
 
 
-def simulated(scores, kinds=("reflection",)):
+def simulated(scores, kinds=("reflection",), form="boxed"):
     """Runs of one call with one check each: of this confidence, and right early or not."""
     runs = []
     for i, (score, same) in enumerate(scores):
@@ -205,7 +205,7 @@ def simulated(scores, kinds=("reflection",)):
         trace = Trace((check,), question_id=f"{i}/0", question="?", answer="1", **counts, **per_check)
         runs.append(Trajectory(str(i), "?", "1", None, (CallTrace("step", trace),)))
     binds = {"engine": "e", "cues": json.dumps({"words": ["wait"]})}
-    meta = {"form": "boxed", "kinds": list(kinds), "signals": ["trial_confidence"], "binds": binds}
+    meta = {"form": form, "kinds": list(kinds), "signals": ["trial_confidence"], "binds": binds}
     return Runs(tuple(runs), {"step": {**meta, "closing": {"full": 2, "bare": 1}}})
 
 
@@ -224,6 +224,11 @@ class TestCertifying:
         assert found.changed == 0
         assert not any(run.exits for run in runs.replay(found.rule))
         assert found.settings[1] < found.settings[0] - 1, "bolder ones were tried"
+
+    def test_of_turns_with_tools_nothing_is_certified_and_the_forms_that_can_be_are_named(self):
+        runs = simulated([(0.9, True)] * 50, form="tool_call")
+        with pytest.raises(ValueError, match=r"'tool_call' cannot be compared.* compared are boxed, choice, text"):
+            certify_rule(runs, rule_path({"step": DEER()}), 0.1)
 
     def test_too_few_runs_are_refused_with_how_many_it_takes(self):
         with pytest.raises(ValueError, match=r"21 runs cannot certify epsilon=0\.1 at delta=0\.1: .* at least 22"):

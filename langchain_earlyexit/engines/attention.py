@@ -19,6 +19,9 @@ from torch.nn import functional
 from langchain_earlyexit.engines.memory import Memory
 from langchain_earlyexit.engines.pages import PAGE, Table
 
+_WIDENS = hasattr(torch.ops.aten.bmm, "dtype")
+"""Whether this PyTorch gives products of half precision in float32, which it does on CUDA."""
+
 _SHARED = 2
 """Rows of one page up to which its queries are padded to the same number as those of other pages."""
 
@@ -64,6 +67,7 @@ class Pass:
         self._pages = np.array(pages)
         self._offsets = np.array(offsets)
         self._slots: dict[int, Tensor] = {}
+        self._seen: dict[tuple[int, int | None], tuple[slice | Tensor, Tensor]] = {}
         self._plans: dict[_Shape, tuple[_Plan, Tensor]] = {}
 
     def _index(self, numbers: Sequence[int] | NDArray[np.int64]) -> Tensor:
@@ -93,7 +97,10 @@ class Pass:
         if self._ones:
             out[self._at] = self._decode(query[self._at], keys, values, scale, window, softcap, sinks)
         for span in self._long:
-            out[span.start : span.end] = _attend_long(span, query, keys, values, scale, window, softcap, sinks)
+            known = self._seen.get((span.start, window))
+            if known is None:  # the same in all layers
+                known = self._seen[span.start, window] = _seen_by(span, window, self._device)
+            out[span.start : span.end] = _attend_long(span, query, keys, values, scale, *known, softcap, sinks)
         return out
 
     def _decode(
@@ -140,41 +147,47 @@ def _where(pages: Sequence[int], device: torch.device) -> slice | Tensor:
     return torch.tensor(pages, device=device)
 
 
+def _seen_by(span: Span, window: int | None, device: torch.device) -> tuple[slice | Tensor, Tensor]:
+    """The pages that a row of several tokens reads, and which of their tokens each of its own sees [new, total]."""
+    new = span.end - span.start
+    first = _first(span.total, new, window) // PAGE
+    where = _where(span.table.pages[first : -(-span.total // PAGE)], device)
+    total = span.total - first * PAGE
+    place = torch.arange(total - new, total, device=device).unsqueeze(1)
+    at = torch.arange(total, device=device).unsqueeze(0)
+    seen = at <= place
+    if window is not None:
+        seen &= at > place - window
+    return where, seen
+
+
 def _attend_long(
     span: Span,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     scale: float,
-    window: int | None,
+    where: slice | Tensor,
+    seen: Tensor,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One row that brings several tokens, cut out of the whole pass's `query`."""
-    new = span.end - span.start
-    first = _first(span.total, new, window) // PAGE
-    pages = span.table.pages[first : -(-span.total // PAGE)]
-    total = span.total - first * PAGE
-    where = _where(pages, query.device)
+    """One row that brings several tokens, cut out of the whole pass's `query`; see `_seen_by`."""
+    new, total = seen.shape
     key = _read(keys, where).transpose(0, 1).flatten(1, 2)[:, :total]
     value = _read(values, where).transpose(0, 1).flatten(1, 2)[:, :total]
     ours = query[span.start : span.end].transpose(0, 1)  # [heads, new, size]
-    place = torch.arange(total - new, total, device=query.device).unsqueeze(1)
-    seen = torch.arange(total, device=query.device).unsqueeze(0)
-    hidden = seen > place
-    if window is not None:
-        hidden |= seen <= place - window
     heads, _, size = ours.shape
     kv = key.shape[0]
     if softcap is None and sinks is None and size == value.shape[-1]:
-        found = functional.scaled_dot_product_attention(
-            ours.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), ~hidden, scale=scale, enable_gqa=heads != kv
-        )
-        return found[0].transpose(0, 1)
-    scores = torch.bmm(ours.reshape(kv, -1, size) * scale, key.transpose(1, 2)).view(heads, new, total)
+        # Query heads that share keys stand one after the other: fused kernels take a mask, but no such heads with it.
+        ours, mask = ours.reshape(1, kv, -1, size), seen.repeat(heads // kv, 1)
+        found = functional.scaled_dot_product_attention(ours, key.unsqueeze(0), value.unsqueeze(0), mask, scale=scale)
+        return found.view(heads, new, size).transpose(0, 1)
+    scores = _products(ours.reshape(kv, -1, size) * scale, key).view(heads, new, total)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(hidden, -torch.inf)
+    scores = scores.masked_fill(~seen, -torch.inf)
     if sinks is None:
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
     else:
@@ -182,6 +195,19 @@ def _attend_long(
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
     mixed = torch.bmm(weights.to(value.dtype).view(kv, -1, total), value)
     return mixed.view(heads, new, -1).transpose(0, 1)
+
+
+def _products(ours: Tensor, keys: Tensor) -> Tensor:
+    """Scores [n, queries, keys] in float32.
+
+    In half precision a score of some hundreds, as Qwen2's biased keys bring, would be rounded by whole units, and may
+    be more than float16 holds.
+    """
+    if ours.dtype == torch.float32:
+        return torch.bmm(ours, keys.transpose(1, 2))
+    if ours.device.type == "cuda" and _WIDENS:
+        return torch.bmm(ours, keys.transpose(1, 2), out_dtype=torch.float32)
+    return torch.bmm(ours.float(), keys.transpose(1, 2).float())
 
 
 @dataclass(slots=True)
@@ -202,7 +228,7 @@ class _Group:
         size = query.shape[-1]
         ours = query.index_select(0, self.asked).view(self.count, -1, size)
         met = _read(keys, self.pages).view(self.count, PAGE, size)
-        return torch.bmm(ours, met.transpose(1, 2)).view(-1, PAGE)
+        return _products(ours, met).view(-1, PAGE)
 
     def found(self, weights: Tensor, values: Tensor) -> Tensor:
         met = _read(values, self.pages).view(self.count, PAGE, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -173,6 +174,9 @@ def _share_of_memory(device: torch.device) -> int:
     On an accelerator half of what is free.
     """
     if device.type == "cuda":
+        # What loading has freed is held by PyTorch, in pieces of sizes that may never be asked for again.
+        gc.collect()
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     found = [_UNKNOWN_MEMORY]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):

@@ -209,7 +209,12 @@ class PackedModel(Model):
             total = table.length + len(row.ids)
             positions.extend(range(table.length, total))
             spans.append(Span(start, len(ids), table, total))
-        self._memory.prepare(growths)
+        try:
+            self._memory.prepare(growths)
+        except BaseException:
+            for row, growth in zip(reversed(rows), reversed(growths), strict=True):
+                self._book.undo(row.cache.table, growth)
+            raise
         run = Pass(self._memory, spans, self._device, self._kept)
         last = None
         if len(spans) < len(ids):

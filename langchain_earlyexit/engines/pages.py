@@ -162,6 +162,16 @@ class Book:
         table.pages.extend(fresh)
         return Growth(fresh, copies)
 
+    def undo(self, table: Table, growth: Growth) -> None:
+        """Take back what `grow` gave; of several, the last first."""
+        kept = len(table.pages) - len(growth.fresh)
+        self._drop(table.pages[kept:])
+        del table.pages[kept:]
+        for shared, copy in growth.copies:
+            table.pages[table.pages.index(copy)] = shared
+            self._keep([shared])
+            self._drop([copy])
+
     def fork(self, table: Table, length: int) -> Table:
         """A table of the first `length` tokens."""
         child = self.new()

@@ -7,6 +7,7 @@ nothing to do.
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 import weakref
@@ -23,6 +24,8 @@ from langchain_earlyexit.engines.program import Program, Sample
 from langchain_earlyexit.engines.runs import Run
 from langchain_earlyexit.engines.streams import Channel, EventStream
 from langchain_earlyexit.sampling import Token, draw, pick_all
+
+_log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 5.0
 
@@ -67,6 +70,7 @@ class ScheduledEngine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._running = 0
+        self._warned = False
         # A daemon thread inside a tensor operation while the interpreter is torn down can abort the process.
         atexit.register(_at_exit, weakref.ref(self))
 
@@ -170,7 +174,7 @@ class ScheduledEngine:
                 self._settle(part, logits)
 
     def _forward(self, fed: Sequence[Fed]) -> list[tuple[Sequence[Fed], NDArray[np.float32]]]:
-        """The pass. Where it fails, each row is tried once by itself, to find out whose fault it is."""
+        """The pass. Where it fails, each half is tried by itself: one row is at fault, or all are too many together."""
         logits = None
         try:
             logits = self._model.forward([one.row for one in fed])
@@ -178,8 +182,13 @@ class ScheduledEngine:
             if len(fed) == 1:
                 fed[0].run.end(error)
                 return []
+            if not self._warned:
+                self._warned = True
+                _log.warning("a pass of %d rows failed (%s: %s)", len(fed), type(error).__name__, error)
         if logits is None:  # not within `except`: what is raised in there would hold on to all rows of this pass
-            return [part for one in fed if not one.run.channel.done for part in self._forward([one])]
+            halves = fed[: len(fed) // 2], fed[len(fed) // 2 :]
+            left = ([one for one in half if not one.run.channel.done] for half in halves)
+            return [part for half in left if half for part in self._forward(half)]
         for one in fed:
             branch = one.branch
             branch.cached += len(one.row.ids)

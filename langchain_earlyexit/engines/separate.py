@@ -57,7 +57,8 @@ class SeparateModel(Model):
         self._taps = Taps(model)
         self._branches: weakref.WeakSet[_Branch] = weakref.WeakSet()
         self._limit: int | None = None
-        self._token_bytes = 0
+        self._token_bytes = self._branch_bytes = 0
+        self._measured = (0, 0)  # tokens of the longest cache whose bytes were counted, and these
 
     def new(self) -> _Branch:
         branch = _Branch()
@@ -108,15 +109,14 @@ class SeparateModel(Model):
         branch.cache = out[self._cache_name]
         branch.ids.extend(row.ids)
         self._taps.keep([Tapped(branch.states, row.layers, 0, len(ids), len(branch.ids))], seen)
-        if not self._token_bytes:
-            self._token_bytes = max(1, _bytes_of(branch.cache) // len(branch.ids))
+        self._measure(branch)
         logits: NDArray[np.float32] = out.logits[0, -1].float().cpu().numpy()
         return logits
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def bound(self, limit: int) -> None:
-        """Let all caches together take at most `limit` bytes, at what a token took in the first one."""
+        """Let all caches together take at most `limit` bytes, at what tokens and branches took so far."""
         self._limit = limit
 
     @property
@@ -124,10 +124,25 @@ class SeparateModel(Model):
         return super().limit if self._limit is None else self._limit
 
     def left(self) -> int:
-        return self.limit - self._token_bytes * sum(len(branch.ids) for branch in list(self._branches))
+        held = [len(branch.ids) for branch in list(self._branches) if branch.ids]
+        return self.limit - self._token_bytes * sum(held) - self._branch_bytes * len(held)
 
     def need(self, cache: _Branch, tokens: int) -> int:
-        return self._token_bytes * tokens
+        return self._token_bytes * tokens + (0 if cache.ids else self._branch_bytes)
+
+    def _measure(self, branch: _Branch) -> None:
+        """What a token takes, and a branch whatever its length: a recurrent state is as large after the first token."""
+        before, was = self._measured
+        length = len(branch.ids)
+        if length < 2 * before:
+            return
+        held, growing = _bytes_of(branch.cache, length)
+        if not before:  # one point only: the tensors that are as long as the branch are told from the others
+            self._token_bytes = max(1, growing // length)
+        else:
+            self._token_bytes = max(1, (held - was) // (length - before))
+        self._branch_bytes = max(0, held - self._token_bytes * length)
+        self._measured = length, held
 
     def hidden(self, cache: _Branch, position: int) -> NDArray[np.float32]:
         return read(cache.states, position)
@@ -137,20 +152,22 @@ class SeparateModel(Model):
         self._taps.close()
 
 
-def _bytes_of(cache: Any) -> int:
-    """Bytes of all tensors that a cache holds, however it names them."""
-    total, pending, seen = 0, [cache], set[int]()
+def _bytes_of(cache: Any, length: int) -> tuple[int, int]:
+    """Bytes of all tensors that a cache holds, however it names them, and of those with an axis of `length`."""
+    total, growing, pending, seen = 0, 0, [cache], set[int]()
     while pending:
         held = pending.pop()
         if id(held) in seen:
             continue
         seen.add(id(held))
         if isinstance(held, torch.Tensor):
-            total += held.numel() * held.element_size()
+            size = held.numel() * held.element_size()
+            total += size
+            growing += size if length in held.shape else 0
         elif isinstance(held, dict):
             pending.extend(held.values())
         elif isinstance(held, list | tuple):
             pending.extend(held)
         elif hasattr(held, "__dict__"):
             pending.extend(vars(held).values())
-    return total
+    return total, growing

@@ -90,7 +90,7 @@ class Taps:
         index = None
         if size > len(rows):  # one copy per layer for all rows; a pass of one token each is taken as it is
             kept = [i for row in rows for i in range(max(row.start, row.end - KEPT), row.end)]
-            index = torch.tensor(kept, device=next(iter(seen.values())).device)
+            index = torch.tensor(kept)  # on the processor: blocks may lie on several devices
         taken = {
             block: (out[0] if index is None else out[0, index]).float().cpu().numpy() for block, out in seen.items()
         }

@@ -104,7 +104,7 @@ def _asked_model(given: argparse.Namespace, **settings: Any) -> ChatEarlyExit:
     from langchain_earlyexit.chat_models import ChatEarlyExit
 
     where: dict[str, Any] = {} if given.base_url is None else {"engine": "vllm", "base_url": given.base_url}
-    return ChatEarlyExit(model=given.model, probe=given.probe, **where, **settings)
+    return ChatEarlyExit(model=given.model, probe=given.probe, max_running=given.at_once, **where, **settings)
 
 
 def _depths(given: argparse.Namespace) -> list[float] | None:
@@ -372,6 +372,14 @@ Each line of the file is a trace that replays as the model runs, so any policy a
   earlyexit collect --split train --questions 5000 --out runs/train.jsonl
   earlyexit collect --split dev --questions 2000 --depths --seed 1 --out runs/calibration.jsonl
 
+Your own questions are lines of JSON: {"question": "...", "answer": "...", "form": "boxed"}. The form (boxed, choice,
+text; boxed when not given) says how they are answered and compared, "options" makes a question multiple choice. The
+right answer may be left out, for all or for none: calibrate and train compare with full thinking; evaluate then tells
+how many answers stay the same, not how many are right.
+
+A promise is for calls that are asked as these are: same system prompt, sampling and budget. For settings that have no
+flag here, such as max_tokens or stop, collect in Python: langchain_earlyexit.lab.collect.collect(llm, questions, out).
+
 Policies that look at paragraphs or sentences (EAT, ThinkBrake) have a collection of their own, by --kinds.
 
 Whole runs of an agent, so that one rule for all its steps can be certified on them, go into a folder. The graph is
@@ -379,6 +387,15 @@ plan_and_solve, or made by a function of your own that takes a model; --data pla
 
   earlyexit collect --graph plan_and_solve --data plans --questions 400 --out runs/plans
   earlyexit collect --graph my_agent.py:make_graph --data questions.jsonl --out runs/mine
+
+and then, in Python:
+
+  from langchain_earlyexit import DEER
+  from langchain_earlyexit.lab.node_rules import Runs, certify_rule, rule_path
+
+  path = rule_path({"plan": DEER(), "step": DEER()})
+  found = certify_rule(Runs.read("runs/plans"), path, epsilon=0.1)
+  step_model = llm.bind(exit_policy=found.rule.get("step", "never"), look="wait")
 """,
     ),
     Command(

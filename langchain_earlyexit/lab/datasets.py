@@ -26,12 +26,12 @@ _LETTERS: Final = "ABCDEFGHIJ"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question and its right answer.
+    """A question and, where it is known, its right answer.
 
     Args:
         id: the same from run to run, and different for every question of a data set.
         question: what the model is asked, options and request included.
-        answer: the right answer as the data set has it; the letter where there are options.
+        answer: the right answer as the data set has it; the letter where there are options; None if nobody knows it.
         form: how it is answered and graded: "boxed", "choice" or "text".
         source: the data set or file it comes from.
         options: what the letters stand for, from A on; empty for an open question.
@@ -39,14 +39,16 @@ class Question:
 
     id: str
     question: str
-    answer: str
+    answer: str | None
     form: str
     source: str
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.question.strip() or not self.answer.strip():
-            raise ValueError(f"question {self.id!r} of {self.source} has no question or no answer")
+        if not self.question.strip() or (self.answer is not None and not self.answer.strip()):
+            raise ValueError(f"question {self.id!r} of {self.source} has an empty question or an empty answer")
+        if self.answer is None:
+            return
         letters = _LETTERS[: len(self.options)] if self.options else _LETTERS
         if self.form == "choice" and (len(self.answer) != 1 or self.answer not in letters):
             raise ValueError(
@@ -241,15 +243,15 @@ def _lines(path: Path, request: str | None) -> list[Question]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is no JSON: {error}") from None
-        if not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
-            raise ValueError(f'{where} must be an object with "question" and "answer", got {line[:80]}')
+        if not isinstance(row, dict) or "question" not in row:
+            raise ValueError(f'{where} must be an object with "question", and "answer" if it is known: {line[:80]}')
         options = tuple(str(option) for option in row.get("options", ()))
         form = row.get("form", "choice" if options else "boxed")
         if form not in ("boxed", "choice", "text"):
             raise ValueError(f'{where} has the form {form!r}; known are "boxed", "choice" and "text"')
         if len(options) > len(_LETTERS):
             raise ValueError(f"{where} has {len(options)} options, but letters only go up to {_LETTERS[-1]}")
-        answer = str(row["answer"]).strip()
+        answer = None if row.get("answer") is None else str(row["answer"]).strip()
         if form == "choice" and answer in options:
             answer = _LETTERS[options.index(answer)]
         text = _asked(str(row["question"]), options, request or "")

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from langchain_earlyexit.answers import FORMS
+from langchain_earlyexit.answers import graded_form
 from langchain_earlyexit.fingerprint import digest
 from langchain_earlyexit.lab.collect import read_meta, read_states, read_traces
 from langchain_earlyexit.trace import Trace
@@ -122,7 +122,7 @@ def part_of(question: str, seed: int = 0) -> str:
 def _verdicts(traces: Sequence[Trace], label: str, form: str) -> list[list[bool]]:
     """Per trace, whether each check's exit answer is the one that is wanted."""
     if label == "full":
-        same = FORMS[form].same
+        same = graded_form(form).same
         return [[same(check.exit_answer, trace.answer) for check in trace.checks] for trace in traces]
     from langchain_earlyexit.lab.grade import grade_all
 

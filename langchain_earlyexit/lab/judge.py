@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from langchain_earlyexit.answers import FORMS
+from langchain_earlyexit.answers import graded_form
 from langchain_earlyexit.lab.grade import grade_all
 from langchain_earlyexit.trace import Trace
 
@@ -20,10 +20,8 @@ class Judge:
     """
 
     def __init__(self, form: str) -> None:
-        if form not in FORMS:
-            raise ValueError(f"answers of form {form!r} cannot be graded; known are {', '.join(FORMS)}")
         self.form = form
-        self._same = FORMS[form].same
+        self._same = graded_form(form).same
         self._right: dict[tuple[str | None, str], bool] = {}
 
     def learn(self, pairs: Iterable[tuple[str | None, str]]) -> None:

@@ -12,7 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, binom
+
+try:
+    from scipy.stats import beta, binom
+except ImportError as missing:
+    raise ImportError("exact binomial tests need scipy: pip install 'langchain-earlyexit[lab]'") from missing
 
 
 def p_values(losses: Sequence[int] | NDArray[np.integer], n: int, epsilon: float) -> NDArray[np.float64]:

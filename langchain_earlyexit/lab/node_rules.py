@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from langchain_earlyexit.answers import FORMS
+from langchain_earlyexit.answers import graded_form
 from langchain_earlyexit.guarantee import with_policy
 from langchain_earlyexit.lab.collect import live_kinds, read_meta, read_states, refuse_other_kinds
 from langchain_earlyexit.lab.learn_then_test import certified, questions_needed, upper_bound
@@ -145,6 +145,8 @@ class Runs:
         for node, policy in rule.items():
             if node not in self.metas:
                 raise ValueError(f"the rule names the node {node!r}, but the runs have {', '.join(sorted(self.metas))}")
+            if policy.looks:
+                graded_form(self.metas[node]["form"])
             if live_kinds(policy, self.metas[node]):
                 refuse_other_kinds(policy, self.metas[node], f"the collection of {node!r}")
             if missing := policy.needs - set(self.metas[node]["signals"]):
@@ -174,7 +176,7 @@ class Runs:
         meta, trace = self.metas[call.node], call.trace
         at = replay(policy, trace)
         found = replayed(policy, trace, at, Closing.of(meta), self.look)
-        changed = at is not None and not FORMS[meta["form"]].same(found.answer, trace.answer)
+        changed = at is not None and not graded_form(meta["form"]).same(found.answer, trace.answer)
         return ReplayedCall(trace, found.answer, found.output_tokens - found.answer_tokens, at is not None, changed)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from langchain_earlyexit.lab.marks import between
 from langchain_earlyexit.pocket import weights_dir
 from langchain_earlyexit.pocket.abilities import ABILITIES
+from langchain_earlyexit.pocket.examination import TOLERANCE
 
+_POINTS = 100 * TOLERANCE
 _FEW = 10
 """Problems of a group below which nothing is said about what it cannot do."""
 
@@ -32,7 +34,8 @@ def _head(card: Mapping[str, Any]) -> str:
     told = ", ".join(f"{counts[name]} of {ability.title}" for name, ability in ABILITIES.items())
     return (
         f"Held-out problems: {told}; {card['sampling']}. DEER's threshold chosen on {counts['dev']} dev questions of "
-        "small arithmetic; every trial, forced and thrown-away token counted."
+        f"small arithmetic, the fewest tokens at most {_POINTS:g} points below full thinking there; every trial, "
+        "forced and thrown-away token counted."
     )
 
 
