@@ -22,6 +22,7 @@ from langchain_earlyexit.grammar import Grammars
 from langchain_earlyexit.guarantee import call_fingerprint
 from langchain_earlyexit.guide import Bounds
 from langchain_earlyexit.jsonforms import JSON, ToolCall
+from langchain_earlyexit.messages import to_template
 from langchain_earlyexit.policies import Never, Policy
 from langchain_earlyexit.probe import Probe
 from langchain_earlyexit.prompts import Prompt, render
@@ -129,11 +130,20 @@ class Binding:
             request: what they make.
             asks: tools and schema of the call.
         """
+        turns = to_template(messages, include_reasoning=False)  # a system prompt may be called by other names
+        caps: dict[str, Any] = {
+            "thinking": request.budget,
+            "total": settings.max_tokens,
+            "reserve": settings.answer_reserve,
+            "context": self.engine.context_length,
+        }
+        if request.budget and settings.thinking_budget_message not in (None, self.family.budget_message):
+            caps["message"] = digest(settings.thinking_budget_message)  # what stands before an answer at the cap
         return {
             **self.fingerprint,
             **call_fingerprint(
                 engine=self.engine.name,
-                system_prompt="\n".join(message.text for message in messages if message.type == "system"),
+                system_prompt="\n".join(str(turn["content"]) for turn in turns if turn["role"] == "system"),
                 tools=asks.shown,
                 choice=asks.choice,
                 parallel=asks.parallel,
@@ -145,12 +155,7 @@ class Binding:
                     "stop": list(request.stop),
                 },
                 sampling=asdict(request.sampling),
-                caps={
-                    "thinking": request.budget,
-                    "total": settings.max_tokens,
-                    "reserve": settings.answer_reserve,
-                    "context": self.engine.context_length,
-                },
+                caps=caps,
                 probe=(self.sentry or None) if self.probe is None else self.probe.digest,
             ),
         }

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import uuid
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ VERSION: Final = 1
 
 _RATES: Final = 64
 _LOCK_SECONDS: Final = 30
+_MARK: Final = 8
+"""Bytes that stand for a call."""
 
 
 def log_wealth(audits: ArrayLike, changed: ArrayLike, epsilon: float) -> NDArray[np.float64]:
@@ -68,6 +70,9 @@ class Counts:
 class Audit:
     """Audits of one promise: tosses the coin, counts, and tells whether the promise is still to be believed.
 
+    A call that was counted before says nothing new: equal calls come to equal answers, and whoever asks one twice would
+    bet on what is known. So each is counted once; which have been is kept beside the file, 8 bytes each.
+
     The file is shared by all processes that serve the promise, and safe to share: written whole, under a lock. False
     alarms: if the true rate is at most epsilon, the chance that the promise is ever given up is at most delta over the
     whole life of the file. Serving several levels, give each its own file and a share of delta. That the calibration
@@ -79,7 +84,8 @@ class Audit:
 
     A promise about right answers (`lost_correct`) cannot be audited: no call comes with the right answer.
 
-    Once given up, a promise stays so until it is calibrated again: delete the file to begin anew.
+    Once given up, a promise stays so until it is calibrated again: delete the file to begin anew (what was counted is
+    forgotten with it).
 
     Args:
         path: the file, made with the first audit.
@@ -117,11 +123,12 @@ class Audit:
         digest = hashlib.blake2b(f"audit {seed} {call}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest) < rate * 2**64
 
-    def observe(self, changed: bool) -> None:
+    def observe(self, changed: bool, call: str) -> None:
         """Count one audit. Blocks for the file's lock: from async code, call it in a thread.
 
         Args:
             changed: leaving early would have given another answer. False also where the policy would not have left.
+            call: what was asked and with which randomness; one that was counted before is not counted again.
 
         Raises:
             filelock.Timeout: another process held the lock for half a minute.
@@ -130,11 +137,28 @@ class Audit:
         with FileLock(f"{self.path}.lock", timeout=_LOCK_SECONDS):
             # Not from memory, where a thread that asks `believable` may just be putting what it read before this lock.
             old = self._read() if self.path.exists() else Counts()
+            if not self._new(call, begun=self.path.exists()):
+                return
             audits, hits = old.audits + 1, old.changed + bool(changed)
             alarm = float(log_wealth(audits, hits, self.epsilon)) >= -math.log(self.delta)
             self._write(Counts(audits, hits, old.given_up or alarm))
         self._refresh()
         self._warn_once()
+
+    def _new(self, call: str, *, begun: bool) -> bool:
+        """Whether a call is counted for the first time. It is noted before it is counted, so that none counts twice."""
+        path = self.path.with_suffix(".calls")
+        mark = hashlib.blake2b(call.encode("utf-8", "surrogatepass"), digest_size=_MARK).digest()
+        known = path.read_bytes() if begun and path.exists() else b""
+        whole = len(known) // _MARK * _MARK
+        if whole and np.any(np.frombuffer(known[:whole], dtype=np.uint64) == np.frombuffer(mark, dtype=np.uint64)):
+            return False
+        with path.open("r+b" if known else "wb") as file:
+            file.seek(whole)  # over what a crash cut short
+            file.write(mark)
+            file.flush()
+            os.fsync(file.fileno())
+        return True
 
     @property
     def believable(self) -> bool:
@@ -190,15 +214,16 @@ class Audit:
     def _write(self, counts: Counts) -> None:
         """Whole or not at all, also when the process dies meanwhile."""
         text = json.dumps({**self._promise(), **asdict(counts)}, allow_nan=False) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        # Not by `tempfile`, whose files are their owner's alone: other users' processes may share the promise.
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     def _warn_once(self) -> None:

@@ -42,7 +42,7 @@ def call_fingerprint(
     tools: Sequence[Mapping[str, Any]],
     answer_form: Mapping[str, Any],
     sampling: Mapping[str, Any],
-    caps: Mapping[str, int | None],
+    caps: Mapping[str, int | str | None],
     probe: str | None = None,
     choice: str = "auto",
     parallel: bool = True,
@@ -59,7 +59,8 @@ def call_fingerprint(
         tools: their schemas, in the order in which the model is shown them.
         answer_form: name and fields of the form, and whether a trial answer is taken as the answer.
         sampling: temperature, filters, and what else changes the tokens that are drawn, the seed aside.
-        caps: the cap on thinking tokens, and others that may cut a call short; None for none.
+        caps: the cap on thinking tokens, and others that may cut a call short, None for none; and a digest of what is
+            said at the cap, where that is not the family's own.
         probe: digest of the hidden-state head, where one is loaded.
         choice: which of the tools an answer may or must call, as `Asks` has it.
         parallel: whether it may hold several calls.

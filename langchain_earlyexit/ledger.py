@@ -80,6 +80,7 @@ class Spend(TypedDict):
         risk: id of the risk, likewise.
         exit: its exit record, without the trace.
         retry_of: key of the entry whose call this one repeats: the same node, given the same prompt.
+        calibration: digest of the artifact that the exit record's guarantee is of, where there is one.
     """
 
     step: str
@@ -97,6 +98,7 @@ class Spend(TypedDict):
     risk: str
     exit: dict[str, Any]
     retry_of: NotRequired[str]
+    calibration: NotRequired[str]
 
 
 Ledger = dict[str, Spend]
@@ -249,10 +251,10 @@ def is_part(id_: str, whole: str) -> bool:
 def run_guarantee(risk: Risk, ledger: Ledger) -> dict[str, Any] | None:
     """What the calibrations of a run's calls promise together, in the keys of an exit record's guarantee.
 
-    The epsilons of the calls add up, and the deltas of the models. `kind` is "heuristic" where any risk was chosen by
-    what the run did; `n` is that of the smallest calibration, 0 where no call was cut. Thinking that ended by itself
-    changed nothing; nor did a try that was cut, once the same model was asked the same again (`retry_of`) and thought
-    that to its end. Another call of the same step makes nothing good: it may have been asked something else.
+    The epsilons of the calls add up, and the deltas of the calibrations. `kind` is "heuristic" where any risk was
+    chosen by what the run did; `n` is that of the smallest calibration, 0 where no call was cut. Thinking that ended by
+    itself changed nothing; nor did a try that was cut, once the same model was asked the same again (`retry_of`) and
+    thought that to its end. Another call of the same step makes nothing good: it may have been asked something else.
 
     Returns:
         None where a call was cut, by a cap or a policy, that no calibration covers; or where they promise different
@@ -260,15 +262,19 @@ def run_guarantee(risk: Risk, ledger: Ledger) -> dict[str, Any] | None:
     """
     taken = counted("risk", risk, ledger)
     cut = [entry for entry in taken if not _made_good(entry, ledger)]
-    promises = [(entry["model"], entry["exit"]["guarantee"]) for entry in cut]
-    if any(promise is None for _, promise in promises) or len({promise["kind"] for _, promise in promises}) > 1:
+    promises = [entry["exit"]["guarantee"] for entry in cut]
+    if any(promise is None for promise in promises) or len({promise["kind"] for promise in promises}) > 1:
         return None
-    kind = promises[0][1]["kind"] if promises else "answer_changed"
+    kind = promises[0]["kind"] if promises else "answer_changed"
+    deltas = {
+        (entry["model"], entry.get("calibration"), promise["n"], promise["delta"]): promise["delta"]
+        for entry, promise in zip(cut, promises, strict=True)
+    }
     return {
         "kind": "heuristic" if any(entry["heuristic"] for entry in taken) else kind,
         "epsilon": sum(entry["epsilon"] for entry in taken),
-        "delta": sum({model: promise["delta"] for model, promise in promises}.values()),
-        "n": min((promise["n"] for _, promise in promises), default=0),
+        "delta": sum(deltas.values()),
+        "n": min((promise["n"] for promise in promises), default=0),
     }
 
 

@@ -41,6 +41,7 @@ from langchain_earlyexit.ledger import (
 )
 from langchain_earlyexit.parts import known_as, part_of, part_of_risk
 from langchain_earlyexit.places import around_of, place_of
+from langchain_earlyexit.promises import CALIBRATION_KEY
 from langchain_earlyexit.record import KEY, from_cache
 from langchain_earlyexit.settings import Settings
 
@@ -332,6 +333,8 @@ def closed(spend: Spend, message: AIMessage) -> Spend:
     record = message.response_metadata[KEY]
     usage = message.usage_metadata
     closed: Spend = {**spend, "confidence": _confidence(record), "exit": _without_trace(record)}
+    if CALIBRATION_KEY in message.response_metadata:
+        closed["calibration"] = message.response_metadata[CALIBRATION_KEY]
     if usage is None or from_cache(message):
         return closed
     reasoning = usage.get("output_token_details", {}).get("reasoning", 0)

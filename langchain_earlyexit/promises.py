@@ -25,8 +25,9 @@ from langchain_earlyexit.asks import FREE, Asks
 from langchain_earlyexit.binding import Binding
 from langchain_earlyexit.drift import Audit
 from langchain_earlyexit.engines.program import Done
-from langchain_earlyexit.fingerprint import refuse_mismatch
+from langchain_earlyexit.fingerprint import digest, refuse_mismatch
 from langchain_earlyexit.guarantee import Calibration, Level, with_policy
+from langchain_earlyexit.messages import to_template
 from langchain_earlyexit.policies import Never
 from langchain_earlyexit.request import Request
 from langchain_earlyexit.settings import EFFORT_CONFIDENCES, Settings
@@ -34,6 +35,9 @@ from langchain_earlyexit.trace import POLICY_REASONS
 
 AUDIT_KEY: Final = "early_exit_audit"
 """Where an audited call's message tells of it, in `response_metadata`."""
+
+CALIBRATION_KEY: Final = "early_exit_calibration"
+"""Where a message that carries a guarantee names the calibration it is of, by its digest, in `response_metadata`."""
 
 AUDITS_VARIABLE: Final = "EARLYEXIT_AUDITS"
 """Environment variable: the folder that audits are counted in, for all processes that share it."""
@@ -55,11 +59,15 @@ class Promise:
         guarantee: as the exit record carries it; None where the calibration does not cover the call, or where audits
             have shown that it no longer holds.
         audit: where the call is to be counted; None where the coin fell the other way.
+        call: stands for what was asked and drawn, for the audit: equal calls are one.
+        calibration: digest of the artifact that the guarantee is of.
     """
 
     confidence: float
     guarantee: Mapping[str, Any] | None = None
     audit: Audit | None = None
+    call: str = ""
+    calibration: str = ""
 
     def kept(self, reason: str) -> dict[str, Any] | None:
         """The guarantee of a call whose thinking ended for `reason`: none where a cap or the caller ended it."""
@@ -175,7 +183,8 @@ class Promises:
         leaves = request.thinking and level.policy != Never()
         if audit is not None and not (leaves and audit.tossed(request.seed, str(request.prompt), settings.audit_rate)):
             audit = None
-        return request, Promise(confidence, self.calibration.guarantee(level), audit)
+        call = digest([list(request.prompt), request.seed if request.sampling.temperature else 0])
+        return request, Promise(confidence, self.calibration.guarantee(level), audit, call, self.calibration.digest)
 
     def _audit(self, level: Level, delta: float) -> Audit:
         name = self.calibration.digest
@@ -209,7 +218,11 @@ class Promises:
         self, bound: Binding, messages: Sequence[BaseMessage], settings: Settings, request: Request, asks: Asks
     ) -> dict[str, str]:
         # A level that certified nothing but Never() is one of its path like any other.
-        return with_policy(bound.call_fingerprint(messages, settings, request, asks), self.calibration.path[-1].policy)
+        told = with_policy(bound.call_fingerprint(messages, settings, request, asks), self.calibration.path[-1].policy)
+        turns = [turn["role"] for turn in to_template(messages, include_reasoning=False) if turn["role"] != "system"]
+        if turns != ["user"]:  # questions are collected one by one: what an answer changes in the next is not known
+            told["system_prompt"] += ", and a conversation before the question"
+        return told
 
     def _loosest(self, cap: int | None) -> int | None:
         """The calibrated cap on thinking, where `cap` is a tighter one."""

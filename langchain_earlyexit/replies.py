@@ -14,7 +14,7 @@ from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from langchain_earlyexit.engines.program import Answer, Called, Checked, Done, Event, Stream, Thought
-from langchain_earlyexit.promises import AUDIT_KEY, Promise, Verdict
+from langchain_earlyexit.promises import AUDIT_KEY, CALIBRATION_KEY, Promise, Verdict
 from langchain_earlyexit.record import KEY, ExitRecord
 from langchain_earlyexit.request import Request
 
@@ -65,7 +65,7 @@ class Call:
 
     def _observe(self) -> None:
         if self._changed is not None and self.promise is not None and self.promise.audit is not None:
-            self.promise.audit.observe(self._changed)
+            self.promise.audit.observe(self._changed, self.promise.call)
 
     def _add(self, event: Event) -> None:
         if isinstance(event, Thought):
@@ -140,6 +140,8 @@ class Call:
             guarantee=None if self.promise is None else self.promise.kept(done.reason),
         )
         audit: dict[str, Any] = {}
+        if self.promise is not None and self.record.guarantee is not None:
+            audit[CALIBRATION_KEY] = self.promise.calibration
         if self.promise is not None and self.promise.audit is not None:
             verdict = Verdict.of(done, self.request.form)
             self._changed = verdict.changed

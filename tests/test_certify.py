@@ -11,6 +11,7 @@ from langchain_earlyexit.cli import main
 from langchain_earlyexit.cues import CueSpec
 from langchain_earlyexit.guarantee import Calibration
 from langchain_earlyexit.lab.certify import certify, summary
+from langchain_earlyexit.lab.lines import note_done, note_planned
 
 CUES = json.dumps(asdict(CueSpec(words=("wait",))))
 
@@ -49,6 +50,34 @@ def test_a_collection_becomes_an_artifact_bound_to_how_it_was_made(collection):
     assert found.binds["cues"] == CUES
     assert found.binds["policy"] == "DEER"
     assert Calibration.from_json(found.to_json()) == found
+
+
+def test_a_collection_that_is_not_finished_is_refused(collection):
+    path = collection()
+    note_planned(path, [f"q{i}" for i in range(101)])
+    with pytest.raises(ValueError, match=r"not finished: 101 were planned, .* the longest"):
+        certify(path, DEER(), 0.05, progress=False)
+    note_done(path, [f"q{i}" for i in range(100)])
+    with pytest.raises(ValueError, match="not finished"):
+        certify(path, DEER(), 0.05, progress=False)
+    note_done(path, [f"q{i}" for i in range(101)])
+    assert certify(path, DEER(), 0.05, progress=False).levels
+
+
+def test_calls_of_one_run_of_a_graph_are_not_counted_one_by_one(collection):
+    path = collection()
+    meta = json.loads(path.with_suffix(".meta.json").read_text())
+    path.with_suffix(".meta.json").write_text(json.dumps({**meta, "of_runs": True}))
+    for each, fits in ((1, True), (2, False)):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, line in enumerate(lines):
+            line["question_id"] = f"run{i // each}/{i % each}"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if fits:
+            assert certify(path, DEER(), 0.05, progress=False).levels
+        else:
+            with pytest.raises(ValueError, match="100 calls of 50 runs of a graph"):
+                certify(path, DEER(), 0.05, progress=False)
 
 
 def test_answers_are_compared_by_the_collections_answer_form(collection):
@@ -97,7 +126,7 @@ def test_checks_of_other_kinds_than_the_policy_meets_live_are_refused(collection
 def test_the_summary_says_it_in_words(collection):
     found = certify(collection(), DEER(), [0.05, 0.1], again=collection("again", answers=("2", "2")), progress=False)
     told = summary(found)
-    assert "100 questions, 50 settings; with probability 0.9 all of this holds together" in told
+    assert "100 questions, 50 settings. With probability 0.9 the levels hold together, and with the same" in told
     assert "| 0.95 | 5.0% | DEER(threshold=0" in told
     assert "another answer to 100 of 100 (100.0%)" in told
 

@@ -1,5 +1,6 @@
 """Audits: the coin, the wealth on disk, no alarm where the promise holds, and an alarm where it does not."""
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from langchain_earlyexit.drift import Audit, Counts, log_wealth
 from langchain_earlyexit.lab.calibrate import calibrate, replay_losses
 
 EPSILON, DELTA = 0.05, 0.05
+calls = map(str, itertools.count())
 
 
 def alarms(changed, epsilon=EPSILON, delta=DELTA):
@@ -107,7 +109,7 @@ class TestShift:
             if audit.tossed(seed, "", RATE):
                 with warnings.catch_warnings(record=True) as told:
                     warnings.simplefilter("always")
-                    audit.observe(bool(replay_losses([trace_of(c, x)], (certified_policy,))[1].any()))
+                    audit.observe(bool(replay_losses([trace_of(c, x)], (certified_policy,))[1].any()), next(calls))
                 if told:
                     break
         assert not audit.believable
@@ -138,16 +140,43 @@ def until_given_up(audit):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         while audit.believable:
-            audit.observe(True)
+            audit.observe(True, next(calls))
     return [str(warning.message) for warning in told]
 
 
 class TestTheFile:
     def test_is_shared_by_all_who_serve_the_promise(self, tmp_path):
         one, other = (Audit(tmp_path / "deep" / "a.json", EPSILON, DELTA) for _ in range(2))
-        one.observe(False)
-        other.observe(True)
+        one.observe(False, next(calls))
+        other.observe(True, next(calls))
         assert one.counts == other.counts == Counts(2, 1)
+
+    def test_counts_equal_calls_once_whoever_asks_them_again(self, tmp_path):
+        one, other = (Audit(tmp_path / "a.json", EPSILON, DELTA) for _ in range(2))
+        for audit in (one, other, one):
+            for call in ("a", "b"):
+                audit.observe(call == "a", call)
+        assert one.counts == Counts(2, 1)
+        one.path.unlink()
+        one.observe(False, "a")
+        assert one.counts == Counts(1, 0), "begun anew, nothing of before is known"
+
+    def test_goes_on_after_a_crash_that_left_half_a_mark(self, tmp_path):
+        audit = Audit(tmp_path / "a.json", EPSILON, DELTA)
+        audit.observe(False, "a")
+        with (tmp_path / "a.calls").open("ab") as file:
+            file.write(b"half")
+        for call in ("b", "a", "b"):
+            audit.observe(False, call)
+        assert audit.counts == Counts(2, 0)
+
+    def test_can_be_read_and_written_by_all_who_may_write_there(self, tmp_path):
+        before = os.umask(0o002)
+        try:
+            Audit(tmp_path / "a.json", EPSILON, DELTA).observe(False, "a")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o664
 
     def test_is_not_written_before_the_first_audit(self, tmp_path):
         assert Audit(tmp_path / "a.json", EPSILON, DELTA).believable
@@ -162,7 +191,7 @@ class TestTheFile:
         with pytest.warns(UserWarning, match="early exit is off"):
             assert not other.believable
         for _ in range(60):
-            one.observe(False)
+            one.observe(False, next(calls))
         assert log_wealth(one.counts.audits, one.counts.changed, EPSILON) < -math.log(DELTA)
         with pytest.warns(UserWarning, match="early exit is off"):
             assert not Audit(tmp_path / "a.json", EPSILON, DELTA).believable
@@ -184,7 +213,7 @@ class TestTheFile:
     )
     def test_of_another_promise_is_refused(self, tmp_path, other, said):
         mine = {"epsilon": EPSILON, "delta": DELTA, "artifact": "old"}
-        Audit(tmp_path / "a.json", **mine).observe(False)
+        Audit(tmp_path / "a.json", **mine).observe(False, next(calls))
         with pytest.raises(ValueError, match=said):
             Audit(tmp_path / "a.json", **{**mine, **other})
 
@@ -201,7 +230,8 @@ class TestTheFile:
         code = (
             "from langchain_earlyexit.drift import Audit\n"
             f"audit = Audit({str(path)!r}, 0.5, 1e-9)\n"
-            "for _ in range(25): audit.observe(False)"
+            "import os\n"
+            "for i in range(25): audit.observe(False, f'{os.getpid()} {i}')"
         )
         processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
         for thread in threads:
@@ -213,7 +243,7 @@ class TestTheFile:
 
     def test_is_whole_when_the_process_dies_while_writing(self, tmp_path, monkeypatch):
         audit = Audit(tmp_path / "a.json", EPSILON, DELTA)
-        audit.observe(True)
+        audit.observe(True, next(calls))
 
         def dies(*_):
             raise OSError("no space left")
@@ -221,17 +251,17 @@ class TestTheFile:
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", dies)
             with pytest.raises(OSError, match="no space left"):
-                audit.observe(True)
+                audit.observe(True, next(calls))
         assert audit.counts == Counts(1, 1)
         assert json.loads(audit.path.read_text())["audits"] == 1
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.json.lock"]
-        audit.observe(False)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["a.calls", "a.json", "a.json.lock"]
+        audit.observe(False, next(calls))
         assert audit.counts == Counts(2, 1)
 
 
 def _observe(audit, times):
     for _ in range(times):
-        audit.observe(False)
+        audit.observe(False, next(calls))
 
 
 @pytest.mark.parametrize("wrong", [{"epsilon": 0}, {"epsilon": 1}, {"delta": 0}, {"delta": 2}])

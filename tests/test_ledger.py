@@ -234,7 +234,12 @@ class TestTheRunSGuarantee:
             spend("b", epsilon=0.03, reason="confident", guarantee=promise(0.03, n=300)),
             spend("c"),
         )
-        assert told == {"kind": "answer_changed", "epsilon": pytest.approx(0.05), "delta": 0.05, "n": 300}
+        assert told == {"kind": "answer_changed", "epsilon": pytest.approx(0.05), "delta": 0.1, "n": 300}
+
+    def test_adds_the_deltas_of_different_calibrations_of_one_model_once_each(self):
+        cut = {"epsilon": 0.02, "reason": "confident", "guarantee": promise(0.02)}
+        entries = [{**spend(step, **cut), "calibration": name} for step, name in zip("abc", "xyx", strict=True)]
+        assert self.told(*entries)["delta"] == pytest.approx(0.1)
 
     def test_adds_the_deltas_of_different_models(self):
         cut = {"epsilon": 0.02, "reason": "confident", "guarantee": promise(0.02)}

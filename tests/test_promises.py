@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from blockbuster import blockbuster_ctx
-from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage
 from reasoners_for_tests import tiny_reasoner
 
 from langchain_earlyexit import DEER, TEXT, ChatEarlyExit, FunctionEngine, Never, loading, replay
@@ -199,6 +199,19 @@ class TestTheGuarantee:
         with pytest.warns(UserWarning, match=r"promised nothing: .*caps: made for .*30.*loaded is .*null"):
             assert record(chat(capped).invoke(QUESTION, confidence=0.9))["guarantee"] is None
 
+    def test_under_a_cap_is_for_what_is_said_there(self):
+        capped = calibrated(chat(thinking_budget=30))
+        said = chat(capped, thinking_budget=30)
+        assert record(said.invoke(QUESTION, confidence=0.97))["budget"] == 30
+        with pytest.warns(UserWarning, match=r"promised nothing: .*caps: made for .* loaded is .*message"):
+            told = record(said.invoke(QUESTION, confidence=0.9, thinking_budget_message="Time is up."))
+        assert told["guarantee"] is None
+
+    def test_is_named_by_the_calibration_it_is_of(self, artifact):
+        promised, free = (chat(artifact).invoke(QUESTION, **given) for given in ({"confidence": 0.9}, {}))
+        assert promised.response_metadata["early_exit_calibration"] == artifact.digest
+        assert "early_exit_calibration" not in free.response_metadata
+
     def test_is_none_where_the_caller_ended_the_thinking(self, endless):
         chunks = []
         for chunk in endless.stream(QUESTION, confidence=0.97):
@@ -211,6 +224,13 @@ class TestTheGuarantee:
         ("prompt", "settings", "differs"),
         [
             ([SystemMessage("Be brief."), *ASKED], {}, "system_prompt: made for none, loaded is [0-9a-f]+"),
+            (
+                [ChatMessage("Be brief.", role="system"), *ASKED],
+                {},
+                "system_prompt: made for none, loaded is [0-9a-f]+",
+            ),
+            ([*ASKED, AIMessage("3."), *ASKED], {}, "loaded is none, and a conversation before the question"),
+            ([*ASKED, *ASKED], {}, "loaded is none, and a conversation before the question"),
             (ASKED, {"temperature": 0.5}, 'sampling: made for .*"temperature": 0.0.* loaded is .*0.5'),
             (ASKED, {"reuse_trial_answer": True}, "answer_form: made for .*false.* loaded is .*true"),
             (ASKED, {"tools": [{"name": "f", "description": "", "parameters": {}}]}, "tools: made for none"),
@@ -412,7 +432,7 @@ class TestDrift:
         llm = chat(artifact, confidence=0.9)
         with pytest.warns(UserWarning, match=r"early exit is off: of \d+ audited calls, \d+ would have got another"):
             for calls in range(1, 40):
-                if record(llm.invoke(QUESTION, audit_rate=1.0, seed=calls))["policy"] == "Never()":
+                if record(llm.invoke(f"{QUESTION} Ask {calls}.", audit_rate=1.0))["policy"] == "Never()":
                     break
         assert calls < 10
         told = record(llm.invoke(QUESTION))
@@ -424,8 +444,9 @@ class TestDrift:
 
     def test_audits_that_bear_the_promise_out_leave_it_standing(self, artifact, audits):
         llm = chat(artifact, engine=engine(early="42"), confidence=0.9, audit_rate=1.0)
-        for seed in range(12):
-            llm.invoke(QUESTION, seed=seed)
+        for i in range(12):
+            for _ in range(2):  # what is asked twice is counted once
+                llm.invoke(f"{QUESTION} Ask {i}.", seed=i)
         assert Promises(artifact, audits)._audits[0.1].counts.audits == 12
         assert record(llm.invoke(QUESTION, audit_rate=0.0))["reason"] == "confident"
 

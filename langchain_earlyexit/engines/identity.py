@@ -20,7 +20,10 @@ def identity(model: Any) -> dict[str, str]:
     """
     state = hashlib.sha256()
     with torch.inference_mode():
-        for name, parameter in sorted(model.named_parameters()):
+        saved = model.state_dict(keep_vars=True)
+        # Quantised weights may be buffers; those that are not saved hang on the configuration alone.
+        values = [*model.named_parameters(), *((name, one) for name, one in model.named_buffers() if name in saved)]
+        for name, parameter in sorted(values, key=lambda named: named[0]):
             offloaded = parameter.device.type == "meta"  # to disk: its values are not here to be read
             _add(state, name, tuple(parameter.shape), None if offloaded else parameter)
     return {"weights": state.hexdigest()[:16], "dtype": str(model.dtype).removeprefix("torch.")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from langchain_earlyexit.fingerprint import refuse_mismatch
 from langchain_earlyexit.guarantee import Calibration
@@ -11,6 +12,7 @@ from langchain_earlyexit.lab.calibrate import LEVELS, calibrate, servable
 from langchain_earlyexit.lab.collect import read_meta, read_traces, refuse_other_kinds
 from langchain_earlyexit.lab.judge import Judge
 from langchain_earlyexit.lab.learn_then_test import questions_needed
+from langchain_earlyexit.lab.lines import refuse_unfinished
 from langchain_earlyexit.lab.paths import path_of
 from langchain_earlyexit.policies import Policy
 from langchain_earlyexit.trace import Trace
@@ -43,9 +45,17 @@ def certify(
 
     Raises:
         FileNotFoundError: no such collection.
-        ValueError: too few questions, or a collection made for checks of other kinds than the policy looks at live.
+        ValueError: too few questions, an unfinished collection, several calls of one run, or a collection made for
+            checks of other kinds than the policy looks at live.
     """
+    refuse_unfinished(Path(out))
     meta, traces = read_meta(out), read_traces(out)
+    runs = {str(trace.question_id).rpartition("/")[0] for trace in traces}
+    if meta.get("of_runs") and len(runs) < len(traces):
+        raise ValueError(
+            f"{os.fspath(out)!r} holds {len(traces)} calls of {len(runs)} runs of a graph, and calls of one run are "
+            "not drawn independently; certify a rule on whole runs (`lab.node_rules`), or collect questions"
+        )
     refuse_other_kinds(policy, meta, repr(os.fspath(out)))
     second: list[Trace] = []
     if again is not None:
@@ -82,7 +92,8 @@ def summary(found: Calibration) -> str:
     n = found.questions
     what = "changed" if found.loss == "answer_changed" else "lost a right answer"
     lines = [
-        f"{n} questions, {len(found.path)} settings; with probability {1 - found.delta:g} all of this holds together:",
+        f"{n} questions, {len(found.path)} settings. With probability {1 - found.delta:g} the levels hold together, "
+        "and with the same probability, by itself, the last column does:",
         "",
         f"| confidence | {what}, at most | policy | left early | {what} | of those left early, at most |",
         "|---|---|---|---|---|---|",

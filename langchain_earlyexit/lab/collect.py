@@ -29,7 +29,7 @@ from langchain_earlyexit.cues import CueSpec
 from langchain_earlyexit.engines.program import Stream
 from langchain_earlyexit.fingerprint import digest, refuse_mismatch
 from langchain_earlyexit.lab.exits import Collected, answering_everywhere, watching
-from langchain_earlyexit.lab.lines import mended, meta_path, read_lines
+from langchain_earlyexit.lab.lines import mended, meta_path, note_done, note_planned, read_lines
 from langchain_earlyexit.policies import Never, Policy, wanted_kinds
 from langchain_earlyexit.request import Request
 from langchain_earlyexit.settings import Settings
@@ -131,6 +131,7 @@ def collect(
     refused: dict[str, str] = {}
     if left:
         write_meta(path, plan.meta(llm.model, left[0]), known=bool(known))
+        note_planned(path, {question.id for question in questions})
         with (
             Writer(path) as writer,
             tqdm(total=len(questions), initial=len(questions) - len(left), unit="q", disable=not progress) as bar,
@@ -143,6 +144,7 @@ def collect(
                 else:
                     writer.add(_told(found.done.trace, question), found.states)
                 bar.update()
+    note_done(path, {*(str(id_) for id_ in known), *(question.id for question in questions)})
     return Summary(len(left) - len(refused), len(questions) - len(left), refused)
 
 

@@ -382,8 +382,9 @@ flag here, such as max_tokens or stop, collect in Python: langchain_earlyexit.la
 
 Policies that look at paragraphs or sentences (EAT, ThinkBrake) have a collection of their own, by --kinds.
 
-Whole runs of an agent, so that one rule for all its steps can be certified on them, go into a folder. The graph is
-plan_and_solve, or made by a function of your own that takes a model; --data plans are problems for the first:
+Whole runs of an agent, so that one rule for all its steps can be certified on them, go into a folder. The rule holds
+for graphs whose nodes hand on the answers of calls, not their whole messages. The graph is plan_and_solve, or made by
+a function of your own that takes a model; --data plans are problems for the first:
 
   earlyexit collect --graph plan_and_solve --data plans --questions 400 --out runs/plans
   earlyexit collect --graph my_agent.py:make_graph --data questions.jsonl --out runs/mine
@@ -417,7 +418,10 @@ Questions are split in three: to train on, to choose and stop by, and to report 
         _calibrate,
         """\
 Each question counts once: what leaving at the policy's first exit would have answered, against full thinking.
-With probability 1 - delta all levels of the artifact hold for new questions of the same kind, asked the same way:
+With probability 1 - delta all levels of the artifact hold for new questions of the same kind, asked the same way. That
+is for one calibration on one collection, made to its end, of questions that neither a probe was trained on nor a
+setting was chosen on: trying policies until one certifies, or adding questions until it does, takes delta each time.
+
 
   earlyexit calibrate runs/calibration.jsonl --policy deer --epsilon 0.05 --delta 0.1 --out deer.json
 """,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +38,41 @@ def mended(path: Path, parse: Callable[[str], T]) -> list[T]:
         with path.open("r+b") as file:
             file.truncate(whole)
     return read_lines(path, parse)
+
+
+def note_planned(path: Path, ids: Collection[str]) -> None:
+    """Note that these ids are to come into a file: see `refuse_unfinished`."""
+    noted = _planned_path(path)
+    whole = {*json.loads(noted.read_text(encoding="utf-8")), *ids} if noted.exists() else set(ids)
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(sorted(whole)), encoding="utf-8")
+
+
+def note_done(path: Path, ids: Collection[str]) -> None:
+    """Note that these ids are in the file, or can never be: once all are that were planned, it is finished."""
+    noted = _planned_path(path)
+    if noted.exists() and set(json.loads(noted.read_text(encoding="utf-8"))) <= set(ids):
+        noted.unlink()
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Refuse a file that was planned to hold more.
+
+    Raises:
+        ValueError: it lacks what takes longest, so what is there is no fair sample.
+    """
+    noted = _planned_path(path)
+    if noted.exists():
+        planned = len(json.loads(noted.read_text(encoding="utf-8")))
+        raise ValueError(
+            f"{os.fspath(path)!r} is not finished: {planned} were planned, and those that are missing are the longest, "
+            f"so what is there is no fair sample. Run the same collection again to its end; or, where the plan was "
+            f"another, delete {os.fspath(noted)!r} and answer for it yourself"
+        )
+
+
+def _planned_path(path: Path) -> Path:
+    return path.with_suffix(".planned.json")
 
 
 def meta_path(path: Path) -> Path:

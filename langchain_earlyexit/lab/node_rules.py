@@ -2,9 +2,11 @@
 
 A rule says for each node of a graph by which policy its calls leave early; nodes it does not name think to the end. It
 is replayed on runs of full thinking (`lab.trajectories`): a run counts as changed if any of its calls would have been
-answered otherwise, which bounds the chance that the run's answer changes. Up to the first such call the replayed run
-and the live one are in the same state, so an unchanged run replays exactly, answers and tokens. Behind it they part,
-and the tokens are what the steps of full thinking would have taken.
+answered otherwise, which bounds the chance that the run's answer changes. That holds for graphs whose nodes hand on the
+answer of a call alone, as `create_plan_and_solve` does: up to the first such call the replayed run and the live one are
+in the same state, so an unchanged run replays exactly, answers and tokens. Behind it they part, and the tokens are what
+the steps of full thinking would have taken. Where a graph hands on whole messages, an early exit changes the words that
+the next call reads, whether or not it changes the answer, and nothing here is promised for it.
 
 The steps of one run depend on each other, and a rule that cuts where it is sure takes its risk where it likes. Both
 are no matter here: the unit is the run, the rule has one knob, and its settings are tested along one path fixed
@@ -27,9 +29,10 @@ from langchain_earlyexit.answers import graded_form
 from langchain_earlyexit.guarantee import with_policy
 from langchain_earlyexit.lab.collect import live_kinds, read_meta, read_states, refuse_other_kinds
 from langchain_earlyexit.lab.learn_then_test import certified, questions_needed, upper_bound
+from langchain_earlyexit.lab.lines import refuse_unfinished
 from langchain_earlyexit.lab.outcomes import Closing, replayed
 from langchain_earlyexit.lab.paths import path_of
-from langchain_earlyexit.lab.trajectories import CallTrace, Trajectory, node_path, read_runs
+from langchain_earlyexit.lab.trajectories import RUNS, CallTrace, Trajectory, node_path, read_runs
 from langchain_earlyexit.policies import Never, Policy, replay
 from langchain_earlyexit.policy_json import policy_from_dict, policy_to_dict
 from langchain_earlyexit.probe import POSITIONS, Probe
@@ -84,11 +87,13 @@ class Runs:
         trajectories: the runs.
         metas: how the calls of each node were asked.
         look: how the live runs they stand for look.
+        unfinished: why they are no fair sample, if they are not.
     """
 
     trajectories: tuple[Trajectory, ...]
     metas: Mapping[str, Mapping[str, Any]]
     look: str = "wait"
+    unfinished: str = ""
 
     @classmethod
     def read(
@@ -129,6 +134,10 @@ class Runs:
                 return replace(call, trace=replace(call.trace, checks=checks))
 
             trajectories = tuple(replace(one, calls=tuple(map(measured, one.calls))) for one in trajectories)
+        try:
+            refuse_unfinished(Path(out) / RUNS)
+        except ValueError as error:
+            return cls(trajectories, metas, look, str(error))
         return cls(trajectories, metas, look)
 
     def replay(self, rule: Rule) -> list[Replayed]:
@@ -208,7 +217,9 @@ class CertifiedRule:
     """A rule, and what whole runs say of it.
 
     With probability at least 1 - delta over the runs it was calibrated on, at most a share epsilon of new runs, on
-    questions of the same kind, has any call answered otherwise than full thinking would have.
+    questions of the same kind, has any call answered otherwise than full thinking would have. For graphs that hand on
+    answers alone (see above), with the same model, prompts and settings: `binds` tells them, and nothing checks them
+    when the rule runs.
 
     Attributes:
         rule: policies by node; empty where none that leaves early could be certified.
@@ -273,6 +284,8 @@ def certify_rule(runs: Runs, path: Sequence[Rule], epsilon: float, delta: float 
     """
     if not (0 < epsilon < 1 and 0 < delta < 1):
         raise ValueError(f"epsilon and delta lie in (0, 1), got {epsilon} and {delta}")
+    if runs.unfinished:
+        raise ValueError(runs.unfinished)
     n, needed = len(runs.trajectories), questions_needed(epsilon, delta)
     if n < needed:
         raise ValueError(

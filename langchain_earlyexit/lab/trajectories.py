@@ -2,8 +2,8 @@
 
 A collection of runs is a folder. `runs.jsonl` has a line per finished run: its answer and its calls, in the order in
 which they began. Each node of the graph has a collection of its own, such as `step.jsonl`, made as `lab.collect` makes
-one (traces, how they were made, hidden states), so a probe can be trained on it and a policy calibrated. What the
-calls of one run have in common is what `lab.node_rules` needs: a rule for all nodes is judged by whole runs.
+one (traces, how they were made, hidden states), so a probe can be trained on it. Calls of one run are not drawn
+independently, so nothing is certified on them one by one: `lab.node_rules` judges a rule for all nodes by whole runs.
 
 A run is written when it is done; an interrupted collection goes on with the rest.
 """
@@ -34,7 +34,7 @@ from langchain_earlyexit.chat_models import ChatEarlyExit
 from langchain_earlyexit.engines.program import Event, Program
 from langchain_earlyexit.lab.collect import FORMAT, Asked, Summary, Writer, read_traces, seed_of, write_meta
 from langchain_earlyexit.lab.exits import Collected, answering_everywhere, watching
-from langchain_earlyexit.lab.lines import mended, read_lines
+from langchain_earlyexit.lab.lines import mended, note_done, note_planned, read_lines
 from langchain_earlyexit.policies import Never
 from langchain_earlyexit.replies import Call
 from langchain_earlyexit.request import Request
@@ -50,7 +50,7 @@ AT_ONCE: Final = 24
 """Runs in flight. What comes out does not depend on it."""
 
 _FLUSH_SECONDS: Final = 20.0
-_RUNS: Final = "runs.jsonl"
+RUNS: Final = "runs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,8 @@ def collect_runs(
     files = _Files(Path(out), seed)
     left = [question for question in questions if question.id not in files.done]
     refused: dict[str, str] = {}
+    if left:
+        note_planned(Path(out) / RUNS, {question.id for question in questions})
     with (
         WatchedModel.like(llm, depths, kinds) as model,
         tqdm(total=len(questions), initial=len(questions) - len(left), unit="run", disable=not progress) as bar,
@@ -273,6 +275,7 @@ def collect_runs(
             asyncio.run(everything())
         finally:
             files.flush()
+    note_done(Path(out) / RUNS, {*files.done, *(question.id for question in questions)})
     return Summary(len(left) - len(refused), len(questions) - len(left), refused)
 
 
@@ -283,9 +286,9 @@ class _Files:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.seed = seed
-        self.done = {line["id"] for line in mended(folder / _RUNS, json.loads)}
+        self.done = {line["id"] for line in mended(folder / RUNS, json.loads)}
         for path in folder.glob("*.jsonl"):
-            if path.name != _RUNS:
+            if path.name != RUNS:
                 _drop_unfinished(path, self.done)
         self.metas: dict[str, Mapping[str, Any]] = {}
         self.writers: dict[str, Writer] = {}
@@ -307,7 +310,7 @@ class _Files:
     def flush(self) -> None:
         for writer in self.writers.values():
             writer.flush()
-        with (self.folder / _RUNS).open("a", encoding="utf-8") as file:
+        with (self.folder / RUNS).open("a", encoding="utf-8") as file:
             file.writelines(self.lines)
             file.flush()
             os.fsync(file.fileno())
@@ -316,7 +319,7 @@ class _Files:
     def _writer(self, node: str, meta: Mapping[str, Any]) -> Writer:
         if node not in self.writers:
             path = self.folder / f"{node}.jsonl"
-            write_meta(path, {**meta, "seed": self.seed}, known=path.exists())
+            write_meta(path, {**meta, "seed": self.seed, "of_runs": True}, known=path.exists())
             self.metas[node], self.writers[node] = meta, Writer(path)
         if meta != self.metas[node]:
             other = sorted(name for name in meta if meta[name] != self.metas[node].get(name))
@@ -341,7 +344,9 @@ def _drop_unfinished(path: Path, done: set[str]) -> None:
 
 
 def node_path(out: str | os.PathLike[str], node: str) -> Path:
-    """The collection of one node: for `collect.read_meta`, `train.train`, `certify.certify`."""
+    """The collection of one node: for `collect.read_meta`, `train.train`; for `certify.certify` where each run has one
+    call of it, and with its answer ends what the run takes from the call.
+    """
     return Path(out) / f"{node}.jsonl"
 
 
@@ -352,7 +357,7 @@ def read_runs(out: str | os.PathLike[str]) -> list[Trajectory]:
         FileNotFoundError: no such collection.
         ValueError: a line that is none.
     """
-    lines = read_lines(Path(out) / _RUNS, json.loads)
+    lines = read_lines(Path(out) / RUNS, json.loads)
     nodes = sorted({call["node"] for line in lines for call in line["calls"]})
     traces = {trace.question_id: trace for node in nodes for trace in read_traces(node_path(out, node))}
     return [
