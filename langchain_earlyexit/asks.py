@@ -196,12 +196,27 @@ def as_schema(wanted: Any) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] 
     name = ""
     if kind == "json_schema" and isinstance(wanted.get("json_schema"), Mapping):
         schema, name = wanted["json_schema"].get("schema"), str(wanted["json_schema"].get("name", ""))
+        if wanted["json_schema"].get("strict") and isinstance(schema, Mapping):
+            schema = strictly(schema)
     elif isinstance(wanted, type):
         schema, name = json_schema(wanted), wanted.__name__
     if not isinstance(schema, Mapping):
         raise ValueError(f"response_format must be {_FORMATS}, not {wanted!r}")
     tidy = _checked(json.dumps(schema), f"the response format {name!r}")
     return tidy, None if schema == _ANY_OBJECT else schema
+
+
+def strictly(schema: Any) -> Any:
+    """A JSON schema in whose objects every listed property must stand: OpenAI's `strict`."""
+    if isinstance(schema, list):
+        return [strictly(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    literal = ("const", "enum", "default", "examples")
+    whole = {key: inner if key in literal else strictly(inner) for key, inner in schema.items()}
+    if isinstance(whole.get("properties"), Mapping) and not isinstance(whole["properties"].get("type"), str):
+        whole["required"] = list(whole["properties"])
+    return whole
 
 
 def json_schema(schema: Any) -> dict[str, Any]:

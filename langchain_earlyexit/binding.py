@@ -25,7 +25,7 @@ from langchain_earlyexit.jsonforms import JSON, ToolCall
 from langchain_earlyexit.messages import to_template
 from langchain_earlyexit.policies import Never, Policy
 from langchain_earlyexit.probe import Probe
-from langchain_earlyexit.prompts import Prompt, render
+from langchain_earlyexit.prompts import Prompt, PromptTooLong, render
 from langchain_earlyexit.request import Request
 from langchain_earlyexit.sampling import Sampling
 from langchain_earlyexit.settings import Settings
@@ -282,7 +282,7 @@ def _limit(max_tokens: int | None, context: int | None, prompt: int) -> int | No
         return max_tokens
     left = context - prompt
     if left < 1:
-        raise ValueError(
+        raise PromptTooLong(
             f"the prompt has {prompt} tokens, but this model's context holds {context}; shorten the conversation"
         )
     return left if max_tokens is None else min(max_tokens, left)

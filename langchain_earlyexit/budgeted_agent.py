@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import BaseChatModel
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Checkpointer
+
+from langchain_earlyexit.init_model import init_chat_model
 
 if TYPE_CHECKING:
     from langchain.agents.middleware.types import AgentMiddleware
@@ -40,7 +43,7 @@ def create_budgeted_agent(
     own budget, or, where that has weights, its node's share.
 
     Args:
-        model: a chat model, or a name as `create_agent` takes it.
+        model: a chat model, or a name as `init_chat_model` takes it.
         tools: as `create_agent` takes them.
         budget: thinking tokens of one run.
         thread_budget: of all the runs of a thread.
@@ -79,15 +82,20 @@ def create_budgeted_agent(
         unsupported_model_behavior=unsupported_model_behavior,
     )
     tools = list(tools)  # which may come but once
-    if not isinstance(model, str):
-        budgeting.check(model)
+    chat: Any = init_chat_model(model) if isinstance(model, str) else model
+    budgeting.check(chat)
     budgeting.check_tools([*tools, *(tool for one in middleware for tool in getattr(one, "tools", ()))])
     return create_agent(
-        model,
+        chat,
         tools,
         middleware=[*middleware, budgeting],
-        state_schema=BudgetedAgentState,
+        state_schema=_joined(BudgetedAgentState, rest.pop("state_schema", None)),
         checkpointer=checkpointer,
         name=name,
         **rest,
     )
+
+
+def _joined(ours: Any, theirs: Any) -> Any:
+    """A state with the keys of both."""
+    return ours if theirs is None else types.new_class("BudgetedAgentState", (theirs, ours))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -29,7 +30,9 @@ from langchain_earlyexit.fields import Fields
 from langchain_earlyexit.inert import plain_ids
 from langchain_earlyexit.lanes import audited
 from langchain_earlyexit.loading import Loaded, Shelf
+from langchain_earlyexit.messages import to_template
 from langchain_earlyexit.policies import Policy
+from langchain_earlyexit.prompts import RefusedByTemplate
 from langchain_earlyexit.replies import Call, ahear, aspeak, gather, hear, speak
 from langchain_earlyexit.settings import NAMES, Settings, warn_uncalibrated
 from langchain_earlyexit.signals import refuse_lacking
@@ -40,6 +43,10 @@ if TYPE_CHECKING:
 
 _BATCH_WIDTH = 64
 """Calls of one `batch` in flight where `max_running` does not say: as many as an engine runs at once."""
+
+
+_AROUND_A_TURN = 8
+"""Tokens that stand for what a chat template puts around a turn, where it cannot be asked."""
 
 
 class ChatEarlyExit(Tooled, Copied, Fields):
@@ -104,7 +111,8 @@ class ChatEarlyExit(Tooled, Copied, Fields):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Length of the prompt that these messages make, tools and the chat template's own tokens included.
 
-        It is the `input_tokens` that a call with them reports.
+        It is the `input_tokens` that a call with them reports. Of parts of a conversation that the chat template takes
+        for none (LangChain's trimming counts such), it is a little more than the tokens of their texts and calls.
 
         Args:
             messages: a conversation; an empty one has no tokens.
@@ -113,7 +121,13 @@ class ChatEarlyExit(Tooled, Copied, Fields):
         if not messages:
             return 0
         described = [as_tool(tool) for tool in tools or ()]
-        return len(self._bind().prompt(messages, self._settings(), described).ids)
+        try:
+            return len(self._bind().prompt(messages, self._settings(), described).ids)
+        except RefusedByTemplate:
+            turns = to_template(messages, include_reasoning=False)
+            told = [str(turn["content"] or "") + json.dumps(turn.get("tool_calls", "")) for turn in turns]
+            told += [json.dumps(tool) for tool in described]
+            return sum(len(self.get_token_ids(text)) + _AROUND_A_TURN for text in told)
 
     def batch(
         self,
@@ -183,6 +197,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
         like = self
         if built:
             kept = set(type(self).model_fields) - ({"profile"} if {"model", "engine"} & set(built) else set())
+            kept -= {"streaming"} - self.model_fields_set  # said aloud, its False would turn streaming off for core
             like = type(self)(**{**{name: getattr(self, name) for name in kept}, **built})
         settings = like.call_settings(**asked)
         said = {name: getattr(settings, name) for name in NAMES} | {"stop": list(settings.stop) or None}
@@ -282,6 +297,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
                 message = speak(call, event, run_manager)
                 if message is not None:
                     yield ChatGenerationChunk(message=message)
+            call.refuse_unfinished()
 
     async def _astream(
         self,
@@ -295,6 +311,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
                 message = await aspeak(call, event, run_manager)
                 if message is not None:
                     yield ChatGenerationChunk(message=message)
+            call.refuse_unfinished()
 
     def _generate(
         self,
@@ -336,6 +353,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
             yield blocks.start()
             for event in call.stream:
                 yield from blocks.take(event, speak(call, event, run_manager))
+            call.refuse_unfinished()
 
     async def _astream_chat_model_events(
         self,
@@ -352,6 +370,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
             async for event in call.stream:
                 for told in blocks.take(event, await aspeak(call, event, run_manager)):
                     yield told
+            call.refuse_unfinished()
 
     async def _astart(self, messages: list[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Call:
         """`_start` in a thread: it may load weights, and tokenizes. A cancelled caller leaves nothing running."""

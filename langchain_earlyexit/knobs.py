@@ -105,7 +105,7 @@ def _effort(model: BaseChatModel, cap: int, settings: Mapping[str, Any]) -> Turn
     wrapped = wrapped if isinstance(wrapped, Mapping) else None
     own = settings.get("reasoning_effort") or settings.get("effort") or getattr(model, "reasoning_effort", None)
     own = (wrapped or {}).get("effort") or own
-    profile = model.profile or {}
+    profile = getattr(model, "profile", None) or {}
     # Its older reasoning models take an effort, and their profiles list no levels.
     openai = getattr(model, "_llm_type", "").endswith("openai-chat") and profile.get("reasoning_output")
     listed = profile.get("reasoning_effort_levels") or (_USUAL_LEVELS if own or openai else ())
@@ -145,7 +145,7 @@ def _anthropic_effort(model: BaseChatModel, cap: int, settings: Mapping[str, Any
     config = {**(getattr(model, "output_config", None) or {}), **(settings.get("output_config") or {})}
     asked = settings.get("effort") or settings.get("reasoning_effort")
     own = asked or config.get("effort") or getattr(model, "reasoning_effort", None)
-    profile = model.profile or {}
+    profile = getattr(model, "profile", None) or {}
     listed = profile.get("reasoning_effort_levels") or (_USUAL_LEVELS if own else ())
     level = _level(cap, listed, own or profile.get("reasoning_effort_default"))
     if level is None:

@@ -73,6 +73,9 @@ def _text_of(block: Mapping[str, Any], kind: str) -> str | None:
         return str(block.get("refusal") or block.get("text") or "")
     if kind in _DOCUMENT_BLOCKS:
         return _document(block)
+    if kind == "json":
+        held = block["json"] if "json" in block else {key: value for key, value in block.items() if key != "type"}
+        return json.dumps(held, ensure_ascii=False)
     return block["text"] if isinstance(block.get("text"), str) and kind not in _MEDIA_BLOCKS else None
 
 
@@ -119,7 +122,9 @@ def _parts(content: str | Iterable[Any], speaker: str) -> _Parts:
             parts.results += ({**result, "tool_call_id": str(block.get("tool_use_id"))},)
         elif (text := _text_of(block, kind)) is not None:
             is_document = kind in _DOCUMENT_BLOCKS
-            parts.text += ("\n\n" if parts.text and (is_document or behind_document) else "") + text
+            # Blocks of a tool's result are results side by side; others' may be pieces of one sentence.
+            between = "\n\n" if is_document or behind_document else "\n" if speaker == "tool" else ""
+            parts.text += (between if parts.text else "") + text
             behind_document = is_document
         elif speaker != "assistant" or kind in _MEDIA_BLOCKS | _DOCUMENT_BLOCKS:
             raise ValueError(

@@ -43,7 +43,7 @@ from langchain_earlyexit.ledger import (
     remaining,
     risk_of,
 )
-from langchain_earlyexit.node import claimed, closed, limits_of, tell, tell_step, told_of, turn_of, with_lost
+from langchain_earlyexit.node import claimed, closed, limits_of, tell, tell_step, told_of, turn_of, unwrapped, with_lost
 from langchain_earlyexit.record import KEY
 
 # isort: split
@@ -161,6 +161,7 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
 
     def check(self, model: Any) -> None:
         """Raise ValueError where `model` cannot serve the confidence that its steps will ask for."""
+        model, _ = unwrapped(model)
         for level in _values(self._confidence):
             if not isinstance(model, ChatEarlyExit):
                 raise ValueError(
@@ -212,6 +213,10 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         """What ends the run instead, or None; the request as the model gets it; its entry so far; its claim to that."""
         state = cast("dict[str, Any]", request.state)
         config = _config()
+        model, bound = unwrapped(request.model, config)
+        if isinstance(model, ChatEarlyExit) and model is not request.model:
+            # What stands around it would hide that it is one, and steps that must not be cut would be.
+            request = request.override(model=model, model_settings={**bound, **request.model_settings})
         ledger = with_lost(merge_ledgers(state.get("ledger", {}), _spent_in_this_node(state)), config)
         kind = step_kind(request)
         around, budget, risk = self._limits(kind, request, ledger)

@@ -252,21 +252,28 @@ def question_of(state: State) -> str:
 
 def chat_of(model: Any, config: RunnableConfig | None = None) -> tuple[ChatEarlyExit, dict[str, Any]]:
     """The chat model that a call with this configuration comes to, and the keywords bound to it."""
-    bound: dict[str, Any] = {}
-    under = model
-    while not isinstance(under, ChatEarlyExit):
-        if isinstance(under, RunnableBindingBase):
-            bound = {**under.kwargs, **bound}
-            config = merge_configs(under.config, config)
-            under = under.bound
-        elif isinstance(under, DynamicRunnable):
-            under, config = under.prepare(config)
-        else:
-            raise TypeError(
-                f"a reasoning node sets thinking_budget and confidence, which only ChatEarlyExit (or one with keywords "
-                f"or tools bound to it) has; got {type(under).__name__}"
-            )
+    under, bound = unwrapped(model, config)
+    if not isinstance(under, ChatEarlyExit):
+        raise TypeError(
+            f"a reasoning node sets thinking_budget and confidence, which only ChatEarlyExit (or one with keywords "
+            f"or tools bound to it) has; got {type(under).__name__}"
+        )
     return under, bound
+
+
+def unwrapped(model: Any, config: RunnableConfig | None = None) -> tuple[Any, dict[str, Any]]:
+    """What a call of `model` with this configuration comes to in the end, and the keywords bound to it on the way."""
+    bound: dict[str, Any] = {}
+    while not isinstance(model, ChatEarlyExit):
+        if isinstance(model, RunnableBindingBase):
+            bound = {**model.kwargs, **bound}
+            config = merge_configs(model.config, config)
+            model = model.bound
+        elif isinstance(model, DynamicRunnable):
+            model, config = model.prepare(config)
+        else:
+            break
+    return model, bound
 
 
 def _capped(tokens: int) -> dict[str, Any]:

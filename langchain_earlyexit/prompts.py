@@ -16,6 +16,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import BaseMessage
 
 from langchain_earlyexit.families import Family, ThinkTags, thinking_state
@@ -37,6 +38,14 @@ from langchain_earlyexit.turnshapes import (
     with_json_arguments,
     with_system_line,
 )
+
+
+class PromptTooLong(ContextOverflowError, ValueError):
+    """A prompt that leaves no room in the model's context. LangChain's middleware cuts the conversation on it."""
+
+
+class RefusedByTemplate(ValueError):
+    """A conversation that the model's chat template takes in no form."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class _Chat:
                 partial = partial or form
         if partial is not None:
             return partial
-        raise ValueError(f"The model's chat template refuses these messages: {refusal}") from refusal
+        raise RefusedByTemplate(f"The model's chat template refuses these messages: {refusal}") from refusal
 
     def with_calls_shown(self, turns: ToolTurns) -> "_Chat":
         """Give earlier calls the form in which the template shows them; where none does, tell them as `turns` does."""

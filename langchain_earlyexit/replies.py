@@ -97,15 +97,19 @@ class Call:
             return AIMessageChunk(content="", id=self.id, chunk_position="last", **self._last)
         return None
 
+    def refuse_unfinished(self) -> None:
+        """Raise RuntimeError where the events ended before the call did: a part of an answer is none."""
+        if self._last is None:
+            raise RuntimeError("the call was stopped before it was done; was its model closed?")
+
     def result(self) -> ChatResult:
         """The whole call: what `invoke` returns is the sum of what `stream` yields.
 
         Raises:
             RuntimeError: the call was stopped before it was done.
         """
-        if self._last is None:
-            raise RuntimeError("the call was stopped before it was done")
-        last = dict(self._last)
+        self.refuse_unfinished()
+        last = dict(self._last or {})
         if self._thinking:
             last["additional_kwargs"] = {"reasoning_content": "".join(self._thinking), **last["additional_kwargs"]}
         # Read as the sum of a stream's chunks is, so that both tell the same calls from broken ones.

@@ -39,6 +39,12 @@ _UNENFORCED = (
     "$recursiveRef", "disallow", "extends", "divisibleBy",
 )  # fmt: skip
 
+_ANY_NAME: Final[tuple[Any, ...]] = (True, {}, {"type": "string"})
+"""`propertyNames` that ask for nothing: names are strings. TypeScript's schema libraries write them."""
+
+_ANY_TEXT = ("path", "password", "binary")
+"""Formats that any text has: pydantic writes them for `Path`, `SecretStr` and `bytes`."""
+
 _BOUNDS = (("minimum", "exclusiveMinimum", ROUND_CEILING), ("maximum", "exclusiveMaximum", ROUND_FLOOR))
 """Inclusive and exclusive keyword of each side, and the way inside."""
 
@@ -111,7 +117,7 @@ def parts(schema: Any, path: str = "#") -> Iterator[tuple[str, Schema]]:
 def _unenforced(part: Schema) -> str | None:
     """What the grammar compiler would refuse without saying where, or pass over."""
     for key in _UNENFORCED:
-        if key in part:
+        if key in part and not (key == "propertyNames" and part[key] in _ANY_NAME):
             return f"the keyword {key!r} is not supported"
     if part.get("uniqueItems"):
         return "the keyword 'uniqueItems' is not supported"
@@ -192,7 +198,9 @@ def _tidied(value: Any, *, closing: bool) -> Any:
         return value
     tidy: dict[str, Any] = {}
     for key, inner in value.items():
-        if key in {"x-guidance", "uniqueItems"}:
+        if key in {"x-guidance", "uniqueItems", "propertyNames"}:  # of the last two only those that ask for nothing
+            continue
+        if key == "format" and inner in _ANY_TEXT:
             continue
         if key in _IN_MAPS and isinstance(inner, Mapping):
             tidy[key] = {name: _tidied(part, closing=closing) for name, part in inner.items()}

@@ -128,7 +128,7 @@ def bound_for(
         response_format: dict[str, Any] = {"type": "json_object"}
         if method == "json_schema":
             name = schema.get("title", "answer") if isinstance(schema, Mapping) else schema.__name__
-            inner = {"name": name, "schema": json_schema(schema)}
+            inner = {"name": name, "schema": json_schema(schema), **({"strict": True} if strict else {})}
             response_format = {"type": "json_schema", "json_schema": inner}
         if schema is None:
             told = {}

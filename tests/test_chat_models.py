@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler, UsageMetadataCallbackHandler
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
 
@@ -502,6 +503,25 @@ class TestStopping:
             pass
         assert llm._loaded.bound is None
         assert llm.invoke(QUESTION).text == before
+
+    async def test_a_stream_whose_model_is_closed_is_an_error_and_no_short_answer(self, pocket):
+        llm = ChatEarlyExit(model=pocket, seed=1)
+        stream = llm.stream(QUESTION)
+        next(stream)
+        llm.close()
+        with pytest.raises(RuntimeError, match="stopped before it was done"):
+            list(stream)
+        llm = ChatEarlyExit(model=pocket, seed=1)
+        asynchronous = llm.astream(QUESTION)
+        await anext(asynchronous)
+        await asyncio.to_thread(llm.close)
+        with pytest.raises(RuntimeError, match="stopped before it was done"):
+            [chunk async for chunk in asynchronous]
+
+    def test_a_prompt_longer_than_the_context_is_told_as_langchain_s_middleware_expects_it(self, llm):
+        for kind in (ContextOverflowError, ValueError):
+            with pytest.raises(kind, match="context holds"):
+                llm.invoke("1 + " * 3000 + "1?")
 
     async def test_the_event_loop_is_never_blocked_by_loading(self, tmp_path, monkeypatch):
         from langchain_earlyexit import loading

@@ -8,12 +8,14 @@ import re
 import sys
 from decimal import Decimal
 from itertools import product
+from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
 import random_schemas
 from llguidance.hf import from_tokenizer
+from pydantic import BaseModel, SecretStr
 from tokenizers_for_tests import byte_level, sentencepiece, word_level
 
 from langchain_earlyexit import ChatEarlyExit, FunctionEngine
@@ -91,6 +93,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match=re.escape(says)) as refused:
             checked(schema, "tool 'f'")
         assert "tool 'f'" in str(refused.value)
+
+    @pytest.mark.parametrize("names", [True, {}, {"type": "string"}])
+    def test_names_that_may_be_any_are_no_keyword(self, names):
+        schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+        assert checked({**schema, "propertyNames": names}, "x") == schema
+        with pytest.raises(ValueError, match="'propertyNames' is not supported"):
+            checked({**schema, "propertyNames": {"enum": ["a"]}}, "x")
+
+    def test_formats_that_any_text_has_are_let_go(self):
+        class Files(BaseModel):
+            where: Path
+            key: SecretStr
+
+        assert "format" not in json.dumps(checked(Files.model_json_schema(), "x"))
 
     def test_names_of_properties_are_not_keywords(self):
         tidy = checked({"properties": {"not": {"type": "string"}, "if": {"type": "integer"}}}, "x")

@@ -101,6 +101,17 @@ class TestMessagesBecomeDicts:
         content = ["a ", {"type": "text", "text": "b "}, {"type": "output_text", "text": "c"}]
         assert to_template([HumanMessage(content)], include_reasoning=False)[0]["content"] == "a b c"
 
+    @pytest.mark.parametrize(
+        "content", [["Paris", "London"], [{"type": "text", "text": t} for t in ("Paris", "London")]]
+    )
+    def test_results_that_a_tool_gave_side_by_side_stay_apart(self, content):
+        message = ToolMessage(content, tool_call_id="1")
+        assert to_template([message], include_reasoning=False)[0]["content"] == "Paris\nLondon"
+
+    def test_a_result_that_is_json_is_told_as_json(self):
+        message = ToolMessage([{"type": "json", "json": {"ö": [1]}}], tool_call_id="1")
+        assert to_template([message], include_reasoning=False)[0]["content"] == '{"ö": [1]}'
+
     def test_a_foreign_block_that_carries_text_is_read_as_text(self):
         content = [
             {"type": "note", "text": "found"},

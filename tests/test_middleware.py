@@ -14,10 +14,11 @@ from fleet_for_tests import AnthropicLike, Noting, OpenAILike, usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, ModelCallLimitMiddleware, ModelRetryMiddleware
+from langchain.agents.middleware import AgentMiddleware, AgentState, ModelCallLimitMiddleware, ModelRetryMiddleware
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import ToolException, tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
@@ -417,6 +418,20 @@ class TestConfidence:
         agent = create_budgeted_agent(chat(exit_policy="deer"), [add, double, send], budget=300, irreversible=["send"])
         assert {entry["exit"]["policy"] for entry in entries(run(agent, ASK))} == {"Never()"}
 
+    @pytest.mark.parametrize("around", ["configured", "bound"])
+    def test_never_cut_holds_for_a_model_that_something_stands_around_too(self, run, around):
+        inner = chat(exit_policy="deer", thinking_budget=25)
+        fields = {"temperature": ConfigurableField(id="temperature")}
+        model = inner.configurable_fields(**fields) if around == "configured" else inner.with_config(tags=["x"])
+        agent = create_agent(
+            model, [add, double, send], middleware=[ReasoningBudgetMiddleware(budget=600, irreversible=["send"])],
+            checkpointer=InMemorySaver(),
+        )  # fmt: skip
+        run(agent, ASK, on_thread())
+        state = agent.get_state(on_thread()).values
+        assert {entry["exit"]["policy"] for entry in entries(state)} == {"Never()"}
+        assert set(of_steps(state, "cap")) == {25}, "its own cap is the tighter one"
+
     def test_of_a_node_s_share_is_for_all_calls_of_its_agent_together(self, run):
         model = promising()
         builder = StateGraph(ReasoningState)
@@ -433,6 +448,22 @@ class TestConfidence:
     def test_without_a_calibration_is_an_error_when_the_agent_is_built(self, model):
         with pytest.raises(ValueError, match="calibration"):
             create_budgeted_agent(model, [add], confidence=0.9)
+
+
+class TestCreateBudgetedAgent:
+    def test_takes_a_name_of_this_package_too(self):
+        with pytest.raises(ValueError, match="calibration"):
+            create_budgeted_agent("earlyexit:no-such-model", [add], confidence=0.9)
+        assert create_budgeted_agent("earlyexit:pocket", [add], budget=100).name == "budgeted_agent"
+
+    def test_takes_a_state_of_one_s_own(self, run):
+        class Mine(AgentState):
+            customer: str
+
+        agent = create_budgeted_agent(chat(), [add, double], budget=300, state_schema=Mine)
+        done = run(agent, {**ASK, "customer": "Ada"})
+        assert done["customer"] == "Ada"
+        assert of_steps(done, "thinking") == [THOUGHT] * 3
 
 
 class TestAMixedFleet:

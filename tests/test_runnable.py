@@ -73,6 +73,12 @@ class TestConfigurable:
         told = record(less.invoke(QUESTION))
         assert (told["reason"], told["budget"], told["policy"]) == ("budget", 3, repr(DEER()))
 
+    def test_a_run_that_sets_what_only_the_constructor_takes_still_streams(self):
+        llm = chat(seed=1).configurable_fields(timeout=ConfigurableField(id="timeout"))
+        assert len(list(llm.stream(QUESTION, {"configurable": {"timeout": 60}}))) == len(list(llm.stream(QUESTION))) > 5
+        whole = chat(seed=1, streaming=False).configurable_fields(timeout=ConfigurableField(id="timeout"))
+        assert len(list(whole.stream(QUESTION, {"configurable": {"timeout": 60}}))) == len(list(whole.stream(QUESTION)))
+
     def test_a_bad_value_in_the_configuration_is_an_error_as_in_the_constructor(self):
         llm = chat().configurable_fields(thinking_budget=ConfigurableField(id="budget"))
         with pytest.raises(ValueError, match="thinking_budget must be -1"):
@@ -559,6 +565,19 @@ class TestCounting:
         llm, evil = chat(), "<|im_end|>"
         with_it, without = (llm.get_num_tokens_from_messages([HumanMessage(text)]) for text in (evil, ""))
         assert llm.get_num_tokens(evil) == with_it - without > 1
+
+    def test_parts_of_a_conversation_that_the_template_refuses_are_counted_all_the_same(self):
+        steps = Steps()
+        refusing = "{% if messages[0].role != 'user' %}{{ raise_exception('a user begins') }}{% endif %}"
+        steps.tokenizer.chat_template = refusing + steps.tokenizer.chat_template
+        llm = chat(steps)
+        talk = [HumanMessage(QUESTION), AIMessage("4"), HumanMessage("And " + QUESTION), AIMessage("Also 4, " * 20)]
+        with pytest.raises(ValueError, match="a user begins"):
+            llm.invoke(talk[1:])
+        assert llm.get_num_tokens_from_messages(talk[3:]) > len("Also 4, " * 20)
+        most = llm.get_num_tokens_from_messages(talk[2:]) + 1
+        kept = trim_messages(talk, max_tokens=most, token_counter=llm, strategy="last", start_on="human")
+        assert kept == talk[2:]
 
     def test_no_messages_have_no_tokens(self):
         assert chat().get_num_tokens_from_messages([]) == 0

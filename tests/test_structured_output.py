@@ -14,6 +14,7 @@ from pydantic.v1 import BaseModel as BaseModelV1
 from tokenizers_for_tests import byte_level
 
 from langchain_earlyexit import DEER, ChatEarlyExit, FunctionEngine
+from langchain_earlyexit.asks import Asks
 from langchain_earlyexit.engines.function import CHAT_TEMPLATE, byte_tokenizer, scripted
 from langchain_earlyexit.guide import Guide
 from langchain_earlyexit.toolcalls import HERMES
@@ -363,3 +364,16 @@ class TestControlTokens:
         schema = {**AS_JSON, "description": "What follows </think>."}
         message = model().invoke("?", response_format={"type": "json_schema", "json_schema": {"schema": schema}})
         assert json.loads(message.content) == VALUE
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_strict_leaves_no_field_of_the_answer_out(strict):
+    class Rated(BaseModel):
+        """A rated answer."""
+
+        answer: str
+        score: float = 0.0
+
+    chain = model().with_structured_output(Rated, method="json_schema", strict=strict)
+    asks = Asks.of({**chain.first.kwargs, "max_tokens": 100})
+    assert set(asks.schema["required"]) == ({"answer", "score"} if strict else {"answer"})
