@@ -112,7 +112,8 @@ on the local engine; what is beside it runs the same weights, in the same proces
 
 def _bench(given: argparse.Namespace) -> None:
     from langchain_earlyexit.lab.bench import BLOCKS, Size
-    from langchain_earlyexit.lab.measured import Line, machine, table
+    from langchain_earlyexit.lab.measured import Line, table
+    from langchain_earlyexit.lab.peers import machine
 
     lines: list[Line] = []
     try:

@@ -184,7 +184,8 @@ class ScheduledEngine:
                 return []
             if not self._warned:
                 self._warned = True
-                _log.warning("a pass of %d rows failed (%s: %s)", len(fed), type(error).__name__, error)
+                # Its words alone: whoever keeps the record would keep the caches of the whole pass.
+                _log.warning("a pass of %d rows failed (%s: %s)", len(fed), type(error).__name__, str(error))
         if logits is None:  # not within `except`: what is raised in there would hold on to all rows of this pass
             halves = fed[: len(fed) // 2], fed[len(fed) // 2 :]
             left = ([one for one in half if not one.run.channel.done] for half in halves)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import platform
-import re
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -66,17 +63,6 @@ def _told(number: float | None) -> str:
     if number is None:
         return ""
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
-
-
-def machine() -> str:
-    """What figures were measured on: processor, cores, threads of PyTorch, versions."""
-    import torch
-
-    told = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:\s*(.+)$", told.read_text(), re.MULTILINE) if told.is_file() else None
-    processor = name[1].strip() if name else platform.processor() or platform.machine()
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
-    return f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}"
 
 
 Seconds = Mapping[str, list[float]]

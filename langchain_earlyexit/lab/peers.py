@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import platform
+import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,15 @@ def smollm2() -> Path | None:
     if found is None or found.origin is None:
         return None
     return next(Path(found.origin).parent.rglob("*.gguf"), None)
+
+
+def machine() -> str:
+    """What figures were measured on: processor, cores, threads of PyTorch, versions."""
+    told = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*:\s*(.+)$", told.read_text(), re.MULTILINE) if told.is_file() else None
+    processor = name[1].strip() if name else platform.processor() or platform.machine()
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
+    return f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}"
 
 
 class Plain:
