@@ -154,7 +154,9 @@ class Call:
             "usage_metadata": self.record.usage(done.prompt_tokens),
             "response_metadata": {
                 "model_name": self.model,
-                "model_provider": "earlyexit",
+                # Not `ls_provider`: where the two are equal, LangChain's summarising takes `total_tokens` for the length
+                # of the conversation, and ours holds trials and thoughts that are in none.
+                "model_provider": "langchain-earlyexit",
                 "finish_reason": done.finish_reason,
                 "seed": done.seed,
                 KEY: self.record.to_dict(),

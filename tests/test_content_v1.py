@@ -86,7 +86,7 @@ EARLIER = {
             {"type": "tool_call", **CALL},
         ],
         tool_calls=[CALL],
-        response_metadata={"output_version": "v1", "model_provider": "earlyexit"},
+        response_metadata={"output_version": "v1", "model_provider": "langchain-earlyexit"},
     ),
     "Anthropic": AIMessage(
         [

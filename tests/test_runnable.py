@@ -14,10 +14,12 @@ import langchain.chat_models.base
 import numpy as np
 import pytest
 from langchain.agents import create_agent
+from langchain.agents.middleware import SummarizationMiddleware
 from langchain_core.caches import InMemoryCache
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumps, loads
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
+from langchain_core.messages.utils import count_tokens_approximately
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import (
@@ -578,6 +580,16 @@ class TestCounting:
         most = llm.get_num_tokens_from_messages(talk[2:]) + 1
         kept = trim_messages(talk, max_tokens=most, token_counter=llm, strategy="last", start_on="human")
         assert kept == talk[2:]
+
+    def test_what_was_thought_and_thrown_away_is_not_taken_for_a_long_conversation(self):
+        llm = chat()
+        talk = [HumanMessage(QUESTION), llm.invoke(QUESTION), HumanMessage(QUESTION)]
+        spent = talk[1].usage_metadata["total_tokens"]
+        summarising = SummarizationMiddleware(
+            llm, trigger=("tokens", spent - 10), token_counter=count_tokens_approximately
+        )
+        assert count_tokens_approximately(talk) < spent - 10
+        assert summarising.before_model({"messages": talk}, None) is None
 
     def test_no_messages_have_no_tokens(self):
         assert chat().get_num_tokens_from_messages([]) == 0
