@@ -154,7 +154,7 @@ class Call:
             "usage_metadata": self.record.usage(done.prompt_tokens),
             "response_metadata": {
                 "model_name": self.model,
-                # Not `ls_provider`: where the two are equal, LangChain's summarising takes `total_tokens` for the length
+                # Not `ls_provider`: where both are equal, LangChain's summarising takes `total_tokens` for the length
                 # of the conversation, and ours holds trials and thoughts that are in none.
                 "model_provider": "langchain-earlyexit",
                 "finish_reason": done.finish_reason,
