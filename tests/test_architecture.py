@@ -29,7 +29,7 @@ ROOMS = {
 
 TORCH_AT_RUN_TIME = {
     "engines.attention", "engines.identity", "engines.lean", "engines.local", "engines.memory", "engines.packed",
-    "engines.separate", "engines.taps", "lab.peers", "lab.train", "vllm_plugin",
+    "engines.separate", "engines.taps", "engines.threads", "lab.peers", "lab.train", "vllm_plugin",
     "vllm_sentries",
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from langchain_earlyexit.engines.packed import PackedModel
 from langchain_earlyexit.engines.pages import PAGE
 from langchain_earlyexit.engines.scheduler import ScheduledEngine
 from langchain_earlyexit.engines.separate import SeparateModel
+from langchain_earlyexit.engines.threads import FEW, Threads, timed
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def load(settings: LocalSettings) -> ScheduledEngine:
     core, path = _choose(model)
     limit = settings.cache_bytes or _share_of_memory(model.device)
     if isinstance(core, PackedModel):
+        core.threads = _threads_for(core)
         core.bound(limit, reuse=settings.reuse_prompts)
     else:
         core.bound(limit)
@@ -125,6 +127,20 @@ def load(settings: LocalSettings) -> ScheduledEngine:
         identity=identity(model),
         max_running=settings.max_running,
     )
+
+
+def _threads_for(core: PackedModel) -> Threads | None:
+    """What its passes do best with, one row's and many rows'."""
+    if core.device.type != "cpu":
+        return None
+    rows = [Row(core.new(), [1]) for _ in range(2 * FEW)]
+
+    def run(some: Sequence[Row]) -> None:
+        core.forward(some)
+        for row in some:
+            core.rewind(row.cache, 0)
+
+    return timed(lambda: run(rows[:1]), lambda: run(rows))
 
 
 def _load_model(where: str, settings: LocalSettings, options: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from langchain_earlyexit.engines.memory import Memory
 from langchain_earlyexit.engines.model import Model, Row
 from langchain_earlyexit.engines.pages import PAGE, Book, Table
 from langchain_earlyexit.engines.taps import States, Tapped, Taps, forget, read
+from langchain_earlyexit.engines.threads import Threads
 
 NAME = "earlyexit_packed"
 _IGNORED = frozenset(
@@ -113,7 +114,14 @@ class PackedModel(Model):
         self._limit: int | None = None
         self._kept: Kept = {}
         self._reuse = False
+        self.threads: Threads | None = None  # as PyTorch has it
         self.calls = self.passes = 0  # of attention, and of the model: a layer that bypasses it makes a difference
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        found: torch.device = self._device
+        return found
 
     @property
     def lean(self) -> bool:
@@ -193,6 +201,8 @@ class PackedModel(Model):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        if self.threads is not None:
+            self.threads.use(len(rows))
         if self._book.gaps:
             self._book.fill(self._memory.shift)
         # Before any page changes hands: it may fail.
