@@ -11,7 +11,7 @@ from typing import Any
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 
-from langchain_earlyexit.schemas import checked
+from langchain_earlyexit.schemas import checked, strictly
 
 NAMES = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "strict")
 """The keywords of a call that are read here."""
@@ -204,19 +204,6 @@ def as_schema(wanted: Any) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] 
         raise ValueError(f"response_format must be {_FORMATS}, not {wanted!r}")
     tidy = _checked(json.dumps(schema), f"the response format {name!r}")
     return tidy, None if schema == _ANY_OBJECT else schema
-
-
-def strictly(schema: Any) -> Any:
-    """A JSON schema in whose objects every listed property must stand: OpenAI's `strict`."""
-    if isinstance(schema, list):
-        return [strictly(part) for part in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    literal = ("const", "enum", "default", "examples")
-    whole = {key: inner if key in literal else strictly(inner) for key, inner in schema.items()}
-    if isinstance(whole.get("properties"), Mapping) and not isinstance(whole["properties"].get("type"), str):
-        whole["required"] = list(whole["properties"])
-    return whole
 
 
 def json_schema(schema: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from langchain_earlyexit.grammar import Grammars
 from langchain_earlyexit.guarantee import call_fingerprint
 from langchain_earlyexit.guide import Bounds
 from langchain_earlyexit.jsonforms import JSON, ToolCall
-from langchain_earlyexit.messages import to_template
+from langchain_earlyexit.messages import role_of, to_template
 from langchain_earlyexit.policies import Never, Policy
 from langchain_earlyexit.probe import Probe
 from langchain_earlyexit.prompts import Prompt, PromptTooLong, render
@@ -130,7 +130,9 @@ class Binding:
             request: what they make.
             asks: tools and schema of the call.
         """
-        turns = to_template(messages, include_reasoning=False)  # a system prompt may be called by other names
+        # A system prompt may be called by other names; what else was said does not count.
+        systems = [message for message in messages if role_of(message) == "system"]
+        turns = to_template(systems, include_reasoning=False) if systems else []
         caps: dict[str, Any] = {
             "thinking": request.budget,
             "total": settings.max_tokens,
@@ -143,7 +145,7 @@ class Binding:
             **self.fingerprint,
             **call_fingerprint(
                 engine=self.engine.name,
-                system_prompt="\n".join(str(turn["content"]) for turn in turns if turn["role"] == "system"),
+                system_prompt="\n".join(str(turn["content"]) for turn in turns),
                 tools=asks.shown,
                 choice=asks.choice,
                 parallel=asks.parallel,

@@ -44,9 +44,8 @@ if TYPE_CHECKING:
 _BATCH_WIDTH = 64
 """Calls of one `batch` in flight where `max_running` does not say: as many as an engine runs at once."""
 
-
 _AROUND_A_TURN = 8
-"""Tokens that stand for what a chat template puts around a turn, where it cannot be asked."""
+"""Tokens that stand for what a chat template puts around a turn, a call or a tool, where it cannot be asked."""
 
 
 class ChatEarlyExit(Tooled, Copied, Fields):
@@ -125,9 +124,13 @@ class ChatEarlyExit(Tooled, Copied, Fields):
             return len(self._bind().prompt(messages, self._settings(), described).ids)
         except RefusedByTemplate:
             turns = to_template(messages, include_reasoning=False)
-            told = [str(turn["content"] or "") + json.dumps(turn.get("tool_calls", "")) for turn in turns]
-            told += [json.dumps(tool) for tool in described]
-            return sum(len(self.get_token_ids(text)) + _AROUND_A_TURN for text in told)
+            calls = [call for turn in turns for call in turn.get("tool_calls", ())]
+            texts = [*(str(turn["content"] or "") for turn in turns), *map(json.dumps, (*calls, *described))]
+            return sum(len(self.get_token_ids(text)) + _AROUND_A_TURN for text in texts)
+
+    @property
+    def _width(self) -> int:
+        return self.max_running or _BATCH_WIDTH
 
     def batch(
         self,
@@ -141,9 +144,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
 
         `config["max_concurrency"]` sets how many, as usual.
         """
-        wide = [
-            {"max_concurrency": self.max_running or _BATCH_WIDTH, **one} for one in get_config_list(config, len(inputs))
-        ]
+        wide = [{"max_concurrency": self._width, **one} for one in get_config_list(config, len(inputs))]
         return super().batch(inputs, cast("list[RunnableConfig]", wide), return_exceptions=return_exceptions, **kwargs)
 
     def generate(
@@ -158,7 +159,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
         if len(messages) < 2:
             return ask(messages, stop, callbacks, **kwargs)
         ids = [kwargs.pop("run_id", None), *[None] * (len(messages) - 1)]  # one id is the first run's, as in core
-        with ContextThreadPoolExecutor(min(len(messages), self.max_running or _BATCH_WIDTH)) as threads:
+        with ContextThreadPoolExecutor(min(len(messages), self._width)) as threads:
             asked = [
                 threads.submit(ask, [one], stop, callbacks, run_id=id_, **kwargs)
                 for one, id_ in zip(messages, ids, strict=True)
@@ -297,7 +298,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
                 message = speak(call, event, run_manager)
                 if message is not None:
                     yield ChatGenerationChunk(message=message)
-            call.refuse_unfinished()
+            call.finished()
 
     async def _astream(
         self,
@@ -311,7 +312,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
                 message = await aspeak(call, event, run_manager)
                 if message is not None:
                     yield ChatGenerationChunk(message=message)
-            call.refuse_unfinished()
+            call.finished()
 
     def _generate(
         self,
@@ -353,7 +354,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
             yield blocks.start()
             for event in call.stream:
                 yield from blocks.take(event, speak(call, event, run_manager))
-            call.refuse_unfinished()
+            call.finished()
 
     async def _astream_chat_model_events(
         self,
@@ -370,7 +371,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
             async for event in call.stream:
                 for told in blocks.take(event, await aspeak(call, event, run_manager)):
                     yield told
-            call.refuse_unfinished()
+            call.finished()
 
     async def _astart(self, messages: list[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Call:
         """`_start` in a thread: it may load weights, and tokenizes. A cancelled caller leaves nothing running."""

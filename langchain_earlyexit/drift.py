@@ -136,8 +136,9 @@ class Audit:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock", timeout=_LOCK_SECONDS):
             # Not from memory, where a thread that asks `believable` may just be putting what it read before this lock.
-            old = self._read() if self.path.exists() else Counts()
-            if not self._new(call, begun=self.path.exists()):
+            begun = self.path.exists()
+            old = self._read() if begun else Counts()
+            if not self._new(call, begun=begun):
                 return
             audits, hits = old.audits + 1, old.changed + bool(changed)
             alarm = float(log_wealth(audits, hits, self.epsilon)) >= -math.log(self.delta)

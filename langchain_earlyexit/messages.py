@@ -158,7 +158,12 @@ def _assistant(message: BaseMessage, parts: _Parts, *, include_reasoning: bool) 
     return result
 
 
-def _role(message: BaseMessage) -> str:
+def role_of(message: BaseMessage) -> str:
+    """The role that chat templates know a message by, whatever its class calls it.
+
+    Raises:
+        ValueError: a role no template knows.
+    """
     if isinstance(message, HumanMessage):
         return "user"
     if isinstance(message, SystemMessage):
@@ -194,7 +199,7 @@ def to_template(messages: Sequence[BaseMessage], *, include_reasoning: bool) -> 
     result: list[Message] = []
     names: dict[str, str] = {}
     for message in messages:
-        role = _role(message)
+        role = role_of(message)
         parts = _parts(message.content, role)
         turn: Message = {"role": role, "content": parts.text}
         if role == "assistant":

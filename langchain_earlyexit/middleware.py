@@ -161,8 +161,8 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
 
     def check(self, model: Any) -> None:
         """Raise ValueError where `model` cannot serve the confidence that its steps will ask for."""
-        model, _ = unwrapped(model)
         for level in _values(self._confidence):
+            model, _ = unwrapped(model)
             if not isinstance(model, ChatEarlyExit):
                 raise ValueError(
                     f"confidence={level} needs a ChatEarlyExit with a calibration; {type(model).__name__} never exits "

@@ -25,9 +25,9 @@ from langchain_earlyexit.asks import FREE, Asks
 from langchain_earlyexit.binding import Binding
 from langchain_earlyexit.drift import Audit
 from langchain_earlyexit.engines.program import Done
-from langchain_earlyexit.fingerprint import digest, refuse_mismatch
+from langchain_earlyexit.fingerprint import refuse_mismatch
 from langchain_earlyexit.guarantee import Calibration, Level, with_policy
-from langchain_earlyexit.messages import to_template
+from langchain_earlyexit.messages import role_of
 from langchain_earlyexit.policies import Never
 from langchain_earlyexit.request import Request
 from langchain_earlyexit.settings import EFFORT_CONFIDENCES, Settings
@@ -59,7 +59,7 @@ class Promise:
         guarantee: as the exit record carries it; None where the calibration does not cover the call, or where audits
             have shown that it no longer holds.
         audit: where the call is to be counted; None where the coin fell the other way.
-        call: stands for what was asked and drawn, for the audit: equal calls are one.
+        call: what was asked and drawn, for the audit: equal calls are one.
         calibration: digest of the artifact that the guarantee is of.
     """
 
@@ -123,6 +123,7 @@ class Promises:
         self, calibration: Calibration, folder: str | os.PathLike[str] | None = None, *, efforts: bool = True
     ) -> None:
         self.calibration = calibration
+        self._digest = calibration.digest  # of the whole artifact: not anew for every call
         self.efforts = efforts
         self.folder = _audits_folder() if folder is None else Path(folder)
         share = calibration.delta / len(calibration.levels)
@@ -183,12 +184,12 @@ class Promises:
         leaves = request.thinking and level.policy != Never()
         if audit is not None and not (leaves and audit.tossed(request.seed, str(request.prompt), settings.audit_rate)):
             audit = None
-        call = digest([list(request.prompt), request.seed if request.sampling.temperature else 0])
-        return request, Promise(confidence, self.calibration.guarantee(level), audit, call, self.calibration.digest)
+        call = "" if audit is None else f"{request.prompt} {request.seed if request.sampling.temperature else 0}"
+        return request, Promise(confidence, self.calibration.guarantee(level), audit, call, self._digest)
 
     def _audit(self, level: Level, delta: float) -> Audit:
-        name = self.calibration.digest
-        return Audit(self.folder / f"{name}-{level.epsilon!r}.json", level.epsilon, delta, artifact=name)
+        path = self.folder / f"{self._digest}-{level.epsilon!r}.json"
+        return Audit(path, level.epsilon, delta, artifact=self._digest)
 
     def _refuse_uncountable(self, rate: float) -> None:
         """At every call that may be audited, not after the few that are: their answers would be lost."""
@@ -219,8 +220,8 @@ class Promises:
     ) -> dict[str, str]:
         # A level that certified nothing but Never() is one of its path like any other.
         told = with_policy(bound.call_fingerprint(messages, settings, request, asks), self.calibration.path[-1].policy)
-        turns = [turn["role"] for turn in to_template(messages, include_reasoning=False) if turn["role"] != "system"]
-        if turns != ["user"]:  # questions are collected one by one: what an answer changes in the next is not known
+        roles = [role for message in messages if (role := role_of(message)) != "system"]
+        if roles != ["user"]:  # questions are collected one by one: what an answer changes in the next is not known
             told["system_prompt"] += ", and a conversation before the question"
         return told
 

@@ -97,10 +97,15 @@ class Call:
             return AIMessageChunk(content="", id=self.id, chunk_position="last", **self._last)
         return None
 
-    def refuse_unfinished(self) -> None:
-        """Raise RuntimeError where the events ended before the call did: a part of an answer is none."""
+    def finished(self) -> dict[str, Any]:
+        """What was said at the end.
+
+        Raises:
+            RuntimeError: the events ended before the call did. A part of an answer is none.
+        """
         if self._last is None:
             raise RuntimeError("the call was stopped before it was done; was its model closed?")
+        return self._last
 
     def result(self) -> ChatResult:
         """The whole call: what `invoke` returns is the sum of what `stream` yields.
@@ -108,8 +113,7 @@ class Call:
         Raises:
             RuntimeError: the call was stopped before it was done.
         """
-        self.refuse_unfinished()
-        last = dict(self._last or {})
+        last = dict(self.finished())
         if self._thinking:
             last["additional_kwargs"] = {"reasoning_content": "".join(self._thinking), **last["additional_kwargs"]}
         # Read as the sum of a stream's chunks is, so that both tell the same calls from broken ones.
@@ -143,13 +147,13 @@ class Call:
             confidence=None if self.promise is None else self.promise.confidence,
             guarantee=None if self.promise is None else self.promise.kept(done.reason),
         )
-        audit: dict[str, Any] = {}
+        promised: dict[str, Any] = {}
         if self.promise is not None and self.record.guarantee is not None:
-            audit[CALIBRATION_KEY] = self.promise.calibration
+            promised[CALIBRATION_KEY] = self.promise.calibration
         if self.promise is not None and self.promise.audit is not None:
             verdict = Verdict.of(done, self.request.form)
             self._changed = verdict.changed
-            audit[AUDIT_KEY] = asdict(verdict)
+            promised[AUDIT_KEY] = asdict(verdict)
         return {
             "usage_metadata": self.record.usage(done.prompt_tokens),
             "response_metadata": {
@@ -160,7 +164,7 @@ class Call:
                 "finish_reason": done.finish_reason,
                 "seed": done.seed,
                 KEY: self.record.to_dict(),
-                **audit,
+                **promised,
             },
             "additional_kwargs": {KEY: self.record.to_dict()},
         }

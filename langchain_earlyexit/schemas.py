@@ -6,6 +6,7 @@ for the other keywords would be none.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -86,6 +87,15 @@ def checked(schema: Any, what: str) -> dict[str, Any]:
         path, problem = _blame(tidy, tidy, "#", problem)
         raise ValueError(_refusal(what, path, problem))
     return tidy
+
+
+def strictly(schema: Schema) -> dict[str, Any]:
+    """A schema in whose objects every listed property must stand: OpenAI's `strict`."""
+    whole = copy.deepcopy(dict(schema))
+    for _, part in parts(whole):
+        if isinstance(part, dict) and isinstance(part.get("properties"), Mapping):
+            part["required"] = list(part["properties"])
+    return whole
 
 
 def _refusal(what: str, path: str, reason: str) -> str:

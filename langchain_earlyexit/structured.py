@@ -109,6 +109,8 @@ def bound_for(
     """See `ChatEarlyExit.with_structured_output`."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r} of structured output; known are {', '.join(METHODS)}")
+    if method == "json_mode" and strict:
+        raise ValueError("strict=True is about a schema, and json_mode keeps to none; take method='json_schema'")
     told = {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
     model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
     if schema is None and method != "json_mode":

@@ -249,7 +249,11 @@ class TestFormsAndNoAnswer:
 
     @pytest.mark.parametrize(
         ("gold", "form", "message"),
-        [("5", "schema", "form 'schema' cannot be graded"), (" ", "boxed", "empty gold"), ("E5", "choice", "got 'E5'")],
+        [
+            ("5", "schema", "form 'schema' cannot be compared"),
+            (" ", "boxed", "empty gold"),
+            ("E5", "choice", "got 'E5'"),
+        ],
     )
     def test_what_cannot_be_graded_is_an_error(self, gold, form, message):
         with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.types import Send
 from pydantic import BaseModel
 
-from langchain_earlyexit import ChatEarlyExit
+from langchain_earlyexit import ChatEarlyExit, init_chat_model
 from langchain_earlyexit.graph import ReasoningState, branches, create_budgeted_agent, reasoning_node, run_guarantee
 from langchain_earlyexit.middleware import (
     ReasoningBudgetExceededError,
@@ -455,6 +455,10 @@ class TestCreateBudgetedAgent:
         with pytest.raises(ValueError, match="calibration"):
             create_budgeted_agent("earlyexit:no-such-model", [add], confidence=0.9)
         assert create_budgeted_agent("earlyexit:pocket", [add], budget=100).name == "budgeted_agent"
+
+    def test_takes_a_model_that_the_runs_choose(self, run):
+        agent = create_budgeted_agent(init_chat_model(), [add, double], budget=300)
+        assert agent.name == "budgeted_agent"
 
     def test_takes_a_state_of_one_s_own(self, run):
         class Mine(AgentState):

@@ -350,9 +350,10 @@ def test_a_row_that_the_model_fails_on_takes_down_its_own_request_only():
 
 def test_a_pass_of_more_rows_than_there_is_memory_for_is_done_in_parts_and_told_once(caplog):
     engine = FunctionEngine(hashed)
-    real, sizes = engine._model.forward, []
+    real, sizes, all_there = engine._model.forward, [], threading.Event()
 
     def forward(rows):
+        all_there.wait(30)
         sizes.append(len(rows))
         if len(rows) > 8:
             raise MemoryError(f"{len(rows)} rows")
@@ -361,17 +362,17 @@ def test_a_pass_of_more_rows_than_there_is_memory_for_is_done_in_parts_and_told_
     engine._model.forward = forward
     said = [[] for _ in range(20)]
     prompts = [(5, 6, 7, i + 20) for i in range(20)]
-    for stream in [
-        engine.submit(talk(4, prompt, Sampling(), out=out)) for prompt, out in zip(prompts, said, strict=True)
-    ]:
+    streams = [engine.submit(talk(4, prompt, Sampling(), out=out)) for prompt, out in zip(prompts, said, strict=True)]
+    all_there.set()
+    for stream in streams:
         list(stream)
     alone = FunctionEngine(hashed)
     for prompt, out in zip(prompts, said, strict=True):
         again = []
         list(alone.submit(talk(4, prompt, Sampling(), out=again)))
         assert out == again
-    if max(sizes) > 8:
-        assert caplog.text.count("rows failed (MemoryError") == 1
+    assert max(sizes) > 8
+    assert caplog.text.count("rows failed (MemoryError") == 1
     assert sizes.count(1) < len(sizes) / 2
     engine.close()
     alone.close()

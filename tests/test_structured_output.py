@@ -17,6 +17,7 @@ from langchain_earlyexit import DEER, ChatEarlyExit, FunctionEngine
 from langchain_earlyexit.asks import Asks
 from langchain_earlyexit.engines.function import CHAT_TEMPLATE, byte_tokenizer, scripted
 from langchain_earlyexit.guide import Guide
+from langchain_earlyexit.schemas import strictly
 from langchain_earlyexit.toolcalls import HERMES
 
 THINKING = "A sum is asked for.\n\nIt is 12.\n\nI say so in JSON."
@@ -377,3 +378,17 @@ def test_strict_leaves_no_field_of_the_answer_out(strict):
     chain = model().with_structured_output(Rated, method="json_schema", strict=strict)
     asks = Asks.of({**chain.first.kwargs, "max_tokens": 100})
     assert set(asks.schema["required"]) == ({"answer", "score"} if strict else {"answer"})
+
+
+def test_strict_is_refused_where_there_is_no_schema_to_keep_to():
+    with pytest.raises(ValueError, match=r"strict=True is about a schema, .* method='json_schema'"):
+        model().with_structured_output(None, method="json_mode", strict=True)
+
+
+def test_strict_reaches_every_object_and_takes_no_name_for_a_keyword():
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    whole = {"type": "object", "properties": {"properties": inner, "default": inner}, "$defs": {"D": inner}}
+    strict = strictly(whole)
+    assert strict["required"] == ["properties", "default"]
+    assert [part["required"] for part in (*strict["properties"].values(), strict["$defs"]["D"])] == [["a"]] * 3
+    assert "required" not in inner

@@ -37,8 +37,8 @@ _TOLERANCE = 1e-3
 
 _HALF_TOLERANCE = 0.06
 """In half precision, that difference as a share of the log-probabilities' own spread. Tiny models of nine families are
-off by 0.01 to 0.02 on the right path, and by 0.5 or more where a window or sinks are ignored. What the plain path is
-off by with a cache bounds it no better: it is 0 where both run the same operations."""
+off by 0.01 to 0.02 on the right path, and by about half or more where a window or sinks are ignored. What the plain
+path is off by with a cache bounds it no better: it is 0 where both run the same operations."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ when the weights are loaded, in a thread as the engine's own.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 FEW = 8
 """Rows up to which a pass counts as small."""
@@ -22,10 +25,10 @@ FEW = 8
 _CLEARLY = 0.9
 """Share of the time of all threads that one must keep below: what is about equal stays as PyTorch has it."""
 
-_LARGE = 0.2
+_LARGE = 0.05
 """Seconds of a pass from which on threads pay, and timing would not."""
 
-_ROUNDS = 5
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,10 @@ def timed(few: Callable[[], object], many: Callable[[], object]) -> Threads | No
     every = torch.get_num_threads()
     if every == 1:
         return None
-    found: list[int] = []
-
-    def compare() -> None:
-        found.append(_better(few, every))
-        found.append(_better(many, every))
-        torch.set_num_threads(every)
-
-    _elsewhere(compare)
-    torch.set_num_threads(every)  # what threads that are yet to begin get, should it have failed
-    return Threads(*found) if len(found) == 2 else None
+    try:
+        return _elsewhere(lambda: Threads(_better(few, every), _better(many, every)))
+    finally:
+        torch.set_num_threads(every)  # what threads that are yet to begin get
 
 
 def _better(run: Callable[[], object], every: int) -> int:
@@ -88,13 +85,12 @@ def _set(count: int) -> None:
     """
     if torch.get_num_threads() == count:
         return
-    found: list[int] = []
-    _elsewhere(lambda: found.append(torch.get_num_threads()))
+    others = _elsewhere(torch.get_num_threads)
     torch.set_num_threads(count)
-    _elsewhere(lambda: torch.set_num_threads(found[0]))
+    _elsewhere(lambda: torch.set_num_threads(others))
 
 
-def _elsewhere(run: Callable[[], object]) -> None:
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+def _elsewhere(run: Callable[[], T]) -> T:
+    """`run` in a thread that is new."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(run).result()

@@ -422,7 +422,6 @@ With probability 1 - delta all levels of the artifact hold for new questions of 
 is for one calibration on one collection, made to its end, of questions that neither a probe was trained on nor a
 setting was chosen on: trying policies until one certifies, or adding questions until it does, takes delta each time.
 
-
   earlyexit calibrate runs/calibration.jsonl --policy deer --epsilon 0.05 --delta 0.1 --out deer.json
 """,
     ),

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from langchain_earlyexit.answers import CHOICE, FORMS, AnswerForm
+from langchain_earlyexit.answers import CHOICE, AnswerForm, graded_form
 from langchain_earlyexit.lab.compare import same, unknown
 from langchain_earlyexit.lab.notation import boxed
 from langchain_earlyexit.lab.shapes import readings
@@ -49,8 +49,7 @@ def grade(answer: str | None, gold: str, form: AnswerForm | str = "boxed") -> bo
 def grade_all(pairs: Iterable[tuple[str | None, str]], form: AnswerForm | str = "boxed") -> list[bool]:
     """`grade` of each (answer, gold), in order; what needs computer algebra is asked of several processes at once."""
     name = form if isinstance(form, str) else form.name
-    if name not in FORMS:
-        raise ValueError(f"form {name!r} cannot be graded; known are {', '.join(FORMS)}")
+    graded_form(name)
     verdicts: list[bool] = []
     open_pairs: dict[tuple[str, str], list[int]] = {}
     for at, (answer, gold) in enumerate(pairs):

@@ -45,7 +45,9 @@ def note_planned(path: Path, ids: Collection[str]) -> None:
     noted = _planned_path(path)
     whole = {*json.loads(noted.read_text(encoding="utf-8")), *ids} if noted.exists() else set(ids)
     noted.parent.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(sorted(whole)), encoding="utf-8")
+    part = noted.with_suffix(".part")
+    part.write_text(json.dumps(sorted(whole)), encoding="utf-8")
+    os.replace(part, noted)
 
 
 def note_done(path: Path, ids: Collection[str]) -> None:
@@ -65,8 +67,8 @@ def refuse_unfinished(path: Path) -> None:
     if noted.exists():
         planned = len(json.loads(noted.read_text(encoding="utf-8")))
         raise ValueError(
-            f"{os.fspath(path)!r} is not finished: {planned} were planned, and those that are missing are the longest, "
-            f"so what is there is no fair sample. Run the same collection again to its end; or, where the plan was "
+            f"{os.fspath(path)!r} is not finished: {planned} were planned, and the longest come last, so what is there "
+            f"is no fair sample. Run the same collection again to its end; or, where the plan was "
             f"another, delete {os.fspath(noted)!r} and answer for it yourself"
         )
 

@@ -87,13 +87,13 @@ class Runs:
         trajectories: the runs.
         metas: how the calls of each node were asked.
         look: how the live runs they stand for look.
-        unfinished: why they are no fair sample, if they are not.
+        file: where they come from; None where nobody can tell whether they are all.
     """
 
     trajectories: tuple[Trajectory, ...]
     metas: Mapping[str, Mapping[str, Any]]
     look: str = "wait"
-    unfinished: str = ""
+    file: Path | None = None
 
     @classmethod
     def read(
@@ -134,11 +134,7 @@ class Runs:
                 return replace(call, trace=replace(call.trace, checks=checks))
 
             trajectories = tuple(replace(one, calls=tuple(map(measured, one.calls))) for one in trajectories)
-        try:
-            refuse_unfinished(Path(out) / RUNS)
-        except ValueError as error:
-            return cls(trajectories, metas, look, str(error))
-        return cls(trajectories, metas, look)
+        return cls(trajectories, metas, look, Path(out) / RUNS)
 
     def replay(self, rule: Rule) -> list[Replayed]:
         """Every run under `rule`.
@@ -279,13 +275,13 @@ def certify_rule(runs: Runs, path: Sequence[Rule], epsilon: float, delta: float 
         delta: in (0, 1).
 
     Raises:
-        ValueError: too few runs, naming how many it takes; a path whose first rule leaves early; a rule that the runs
-            do not replay.
+        ValueError: too few runs, naming how many it takes; an unfinished collection; a path whose first rule leaves
+            early; a rule that the runs do not replay.
     """
     if not (0 < epsilon < 1 and 0 < delta < 1):
         raise ValueError(f"epsilon and delta lie in (0, 1), got {epsilon} and {delta}")
-    if runs.unfinished:
-        raise ValueError(runs.unfinished)
+    if runs.file is not None:
+        refuse_unfinished(runs.file)
     n, needed = len(runs.trajectories), questions_needed(epsilon, delta)
     if n < needed:
         raise ValueError(
