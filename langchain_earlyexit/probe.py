@@ -135,6 +135,11 @@ class Probe:
         refuse_mismatch("this probe" + (f" (trained on {named})" if named else ""), self.binds, actual)
 
     @property
+    def learned(self) -> list[str]:
+        """Marks of the questions it was made by, see `mark`; none where it does not tell."""
+        return list(self.about.get("learned", ()))
+
+    @property
     def digest(self) -> str:
         """Stands for all its numbers: equal digests, equal probes."""
         parts = (self.mean, self.scale, *self.weights, *self.biases)
@@ -235,6 +240,11 @@ class Probe:
                 repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Early-exit probe"
             )
         return str(done)
+
+
+def mark(question: str) -> str:
+    """Stands for the text of a question, in a probe that has learned from it."""
+    return digest([question])[:12]
 
 
 def _folder(where: str, revision: str | None, token: str | None) -> Path:

@@ -139,17 +139,7 @@ class Promises:
         Raises:
             ValueError: naming what differs, both sides of it.
         """
-        binds = self.calibration.binds
-        actual = {
-            **bound.fingerprint,
-            "engine": bound.engine.name,
-            "probe": "none" if bound.probe is None else bound.probe.digest,
-        }
-        named = {name: binds[name] for name in _OF_THE_MODEL if name != "probe" or binds["probe"] != "none"}
-        try:
-            refuse_mismatch("the calibration", named, actual)
-        except ValueError as error:
-            raise ValueError(f"{error}. Calibrate on this model, load that one, or leave out calibration") from None
+        refuse_other_model("the calibration", self.calibration.binds, bound, "leave out calibration")
 
     def request(
         self, bound: Binding, messages: Sequence[BaseMessage], settings: Settings, asks: Asks = FREE
@@ -241,6 +231,30 @@ class Promises:
             self.calibration.refuse_mismatch(actual)
         except ValueError as error:
             warnings.warn(f"{level.policy!r} runs, but such calls are promised nothing: {error}", stacklevel=2)
+
+
+def refuse_other_model(artifact: str, binds: Mapping[str, str], bound: Binding, without: str) -> None:
+    """Refuse a model that an artifact of whole calls was not made on.
+
+    Args:
+        artifact: what it is, for the message.
+        binds: the fingerprint of its calls.
+        bound: the model.
+        without: what to do to go on without it, for the message.
+
+    Raises:
+        ValueError: naming what differs, both sides of it.
+    """
+    actual = {
+        **bound.fingerprint,
+        "engine": bound.engine.name,
+        "probe": "none" if bound.probe is None else bound.probe.digest,
+    }
+    named = {name: binds[name] for name in _OF_THE_MODEL if name != "probe" or binds["probe"] != "none"}
+    try:
+        refuse_mismatch(artifact, named, actual)
+    except ValueError as error:
+        raise ValueError(f"{error}. Calibrate on this model, load that one, or {without}") from None
 
 
 def refuse_unserved(settings: Settings, calibration: object) -> None:

@@ -172,7 +172,8 @@ class Sentries:
         """The client cannot see which weights are served: so it is looked at here."""
         model = config.model_config
         actual = {"dtype": str(model.dtype).removeprefix("torch.")}
-        weights = checkpoint_weights(Path(model.model)) if Path(model.model).is_dir() else None
+        folder = Path(model.model)
+        weights = checkpoint_weights(folder, model.hf_config) if folder.is_dir() else None
         if weights is None:
             _LOG.warning(
                 "%s is no directory with safetensors: whether the probe was made for it is not checked", model.model

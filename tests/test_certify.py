@@ -1,17 +1,19 @@
 """From a collection on disk to an artifact: the right answers are compared, and the wrong collections refused."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from traces_for_tests import BINDS
 
-from langchain_earlyexit import DEER, Check, CoDEStop, FirstOf, ThinkBrake, Trace
+from langchain_earlyexit import DEER, LYNX, Check, CoDEStop, FirstOf, ThinkBrake, Trace
 from langchain_earlyexit.cli import main
 from langchain_earlyexit.cues import CueSpec
 from langchain_earlyexit.guarantee import Calibration
 from langchain_earlyexit.lab.certify import certify, summary
+from langchain_earlyexit.lab.collect import read_traces
 from langchain_earlyexit.lab.lines import note_done, note_planned
+from langchain_earlyexit.probe import mark
 
 CUES = json.dumps(asdict(CueSpec(words=("wait",))))
 
@@ -62,6 +64,18 @@ def test_a_collection_that_is_not_finished_is_refused(collection):
         certify(path, DEER(), 0.05, progress=False)
     note_done(path, [f"q{i}" for i in range(101)])
     assert certify(path, DEER(), 0.05, progress=False).levels
+
+
+def test_questions_that_the_probe_has_learned_from_promise_nothing_for_a_policy_that_reads_it(collection):
+    path = collection()
+    told = path.with_suffix(".meta.json")
+    meta = json.loads(told.read_text())
+    rows = [replace(trace, question=f"What is {trace.question_id}?") for trace in read_traces(path)]
+    path.write_text("".join(row.to_json() + "\n" for row in rows))
+    told.write_text(json.dumps({**meta, "learned": [mark("What is q7?"), mark("What is another?")]}))
+    with pytest.raises(ValueError, match=r"the probe has learned from 1 of these questions \('What is q7\?', say\)"):
+        certify(path, LYNX(), 0.05, progress=False)
+    assert certify(path, DEER(), 0.05, progress=False).levels, "it reads no probe"
 
 
 def test_calls_of_one_run_of_a_graph_are_not_counted_one_by_one(collection):

@@ -177,6 +177,17 @@ def test_weights_are_known_by_their_values_whatever_they_are_called():
     assert identity(model)["weights"] != known["weights"]
 
 
+def test_weights_whose_positions_are_scaled_are_others():
+    model = tiny()
+    plain = identity(model)["weights"]
+    model.config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}
+    yarn = identity(model)["weights"]
+    model.config.rope_parameters["type"] = "yarn"  # as older configurations call it
+    assert identity(model)["weights"] == yarn
+    model.config.rope_parameters["factor"] = 2.0
+    assert len({plain, yarn, identity(model)["weights"]}) == 3
+
+
 class TestTheChatModel:
     def test_a_policy_without_its_probe_is_refused_when_the_model_is_made(self):
         with pytest.raises(ValueError, match=r"LYNX\(threshold=0.95\) needs p_safe.*earlyexit train"):

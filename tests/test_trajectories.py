@@ -19,6 +19,7 @@ from langchain_earlyexit.lab.collect import read_meta, read_traces, seed_of
 from langchain_earlyexit.lab.node_rules import CertifiedRule, Runs, certify_rule, rule_path
 from langchain_earlyexit.lab.rule_choice import bolder_and_bolder, cheapest, judge_rules
 from langchain_earlyexit.lab.trajectories import CallTrace, Trajectory, collect_runs, graph_maker, node_path, read_runs
+from langchain_earlyexit.probe import mark
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,21 @@ class TestCertifying:
     def test_a_path_must_begin_with_full_thinking(self):
         with pytest.raises(ValueError, match="never leaves"):
             certify_rule(simulated([(0.9, True)] * 50), [{"step": DEER(0.5)}], 0.1)
+
+    def test_runs_on_questions_that_the_probe_has_learned_from_are_refused(self):
+        runs = simulated([(0.9, True)] * 50)
+        meta = {**runs.metas["step"], "signals": ["p_safe"], "learned": [mark("?")]}
+        with pytest.raises(ValueError, match="has learned from 1 of these questions"):
+            certify_rule(replace(runs, metas={"step": meta}), rule_path({"step": LYNX()}), 0.1)
+
+    def test_a_rule_s_policy_is_handed_out_for_the_model_it_was_certified_on_and_no_other(self, collected, llm):
+        binds = {"step": read_meta(node_path(collected, "step"))["binds"]}
+        rule = CertifiedRule({"step": DEER(0.8)}, 0.1, 0.1, 50, 0, (2, 1), binds)
+        assert rule.policy("step", llm) == DEER(0.8)
+        assert rule.policy("plan", llm) == Never(), "a node it does not name thinks to the end"
+        other = replace(rule, binds={"step": {**binds["step"], "weights": "others"}})
+        with pytest.raises(ValueError, match=r"rule for 'step' was made for .*weights: made for others, loaded is"):
+            other.policy("step", llm)
 
     def test_a_certificate_survives_a_file(self, tmp_path):
         found = certify_rule(simulated([(0.9, True)] * 50), [{}, {"step": AnswerConvergence(2)}], 0.1)

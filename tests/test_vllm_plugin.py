@@ -161,7 +161,7 @@ class Runner:
             model_config=types.SimpleNamespace(
                 hf_text_config=types.SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH), enforce_eager=True,
                 model="nowhere", tokenizer="nowhere", tokenizer_revision=None, trust_remote_code=False,
-                dtype=torch.float32, get_vocab_size=lambda: len(BYTES),
+                dtype=torch.float32, get_vocab_size=lambda: len(BYTES), hf_config=None,
             )
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:

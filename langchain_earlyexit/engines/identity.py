@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ _SAMPLE = 256
 def identity(model: Any) -> dict[str, str]:
     """`weights`: 16 hexadecimal digits that stand for the values, names and shapes of all parameters; `dtype`.
 
-    Equal weights have equal digests whatever dtype they were loaded in, as long as it holds them exactly.
+    Equal weights have equal digests whatever dtype they were loaded in, as long as it holds them exactly. Positions
+    that are scaled (YaRN, say) make another model of them.
     """
-    state = hashlib.sha256()
+    state = hashlib.sha256(_scaling(model.config))
     with torch.inference_mode():
         saved = model.state_dict(keep_vars=True)
         # Quantised weights may be buffers; those that are not saved hang on the configuration alone.
@@ -29,20 +31,41 @@ def identity(model: Any) -> dict[str, str]:
     return {"weights": state.hexdigest()[:16], "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def checkpoint_weights(folder: Path) -> str | None:
-    """`weights` of a model as it would be loaded from the safetensors files in `folder`; None where there are none."""
+def checkpoint_weights(folder: Path, config: Any) -> str | None:
+    """`weights` of a model as it would be loaded from the safetensors files in `folder`; None where there are none.
+
+    Args:
+        folder: of the checkpoint.
+        config: as `transformers` has read it there.
+    """
     from safetensors import safe_open
 
     found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= dict.fromkeys(tensors.keys(), file)
-    state = hashlib.sha256()
+    if not found:
+        return None
+    state = hashlib.sha256(_scaling(config))
     for name, file in sorted(found.items()):
         with safe_open(file, framework="pt") as tensors:
             tensor = tensors.get_tensor(name)
             _add(state, name, tuple(tensor.shape), tensor)
-    return state.hexdigest()[:16] if found else None
+    return state.hexdigest()[:16]
+
+
+def _scaling(config: Any) -> bytes:
+    """How positions are scaled; nothing where they are not."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]  # one for all layers, or by kind of layer
+    scaled = any(one.get("rope_type", "default") != "default" for one in kinds)
+    return json.dumps(_without_old_names(rope), sort_keys=True).encode() if scaled else b""
+
+
+def _without_old_names(rope: dict[str, Any]) -> dict[str, Any]:
+    """Whoever reads an old configuration may leave `type` beside the `rope_type` made of it."""
+    kept = {name: value for name, value in rope.items() if name != "type"}
+    return {name: _without_old_names(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _add(state: Any, name: str, shape: tuple[int, ...], values: Tensor | None) -> None:

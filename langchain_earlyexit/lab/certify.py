@@ -9,7 +9,7 @@ from pathlib import Path
 from langchain_earlyexit.fingerprint import refuse_mismatch
 from langchain_earlyexit.guarantee import Calibration
 from langchain_earlyexit.lab.calibrate import LEVELS, calibrate, servable
-from langchain_earlyexit.lab.collect import read_meta, read_traces, refuse_other_kinds
+from langchain_earlyexit.lab.collect import read_meta, read_traces, refuse_learned, refuse_other_kinds
 from langchain_earlyexit.lab.judge import Judge
 from langchain_earlyexit.lab.learn_then_test import questions_needed
 from langchain_earlyexit.lab.lines import refuse_unfinished
@@ -30,8 +30,8 @@ def certify(
 ) -> Calibration:
     """Calibrate `policy` on a collection.
 
-    The questions must be like those to come, and must not be those that a probe was trained on or a setting was tuned
-    on: on them any policy looks better than it is.
+    The questions must be like those to come, and must not be those that a setting was tuned on: on them any policy
+    looks better than it is. (Those that a probe was trained on are refused.)
 
     Args:
         out: the file of traces, see `collect`.
@@ -45,8 +45,8 @@ def certify(
 
     Raises:
         FileNotFoundError: no such collection.
-        ValueError: too few questions, an unfinished collection, several calls of one run, or a collection made for
-            checks of other kinds than the policy looks at live.
+        ValueError: too few questions, an unfinished collection, several calls of one run, a collection made for
+            checks of other kinds than the policy looks at live, or questions that the probe has learned from.
     """
     refuse_unfinished(Path(out))
     meta, traces = read_meta(out), read_traces(out)
@@ -57,6 +57,7 @@ def certify(
             "not drawn independently; certify a rule on whole runs (`lab.node_rules`), or collect questions"
         )
     refuse_other_kinds(policy, meta, repr(os.fspath(out)))
+    refuse_learned(policy, meta, traces)
     second: list[Trace] = []
     if again is not None:
         try:

@@ -31,6 +31,7 @@ from langchain_earlyexit.fingerprint import digest, refuse_mismatch
 from langchain_earlyexit.lab.exits import Collected, answering_everywhere, watching
 from langchain_earlyexit.lab.lines import mended, meta_path, note_done, note_planned, read_lines
 from langchain_earlyexit.policies import Never, Policy, wanted_kinds
+from langchain_earlyexit.probe import mark
 from langchain_earlyexit.request import Request
 from langchain_earlyexit.settings import Settings
 from langchain_earlyexit.signals import MEASURED
@@ -192,6 +193,7 @@ class _Plan:
             "depths": list(self.depths),
             "seed": self.seed,
             "closing": {"full": len(request.closing), "bare": len(request.bare_closing)},
+            "learned": [] if self.bound.probe is None else self.bound.probe.learned,
         }
 
     def run(self, questions: Sequence[Asked], at_once: int) -> Generator[tuple[Asked, Collected | ValueError]]:
@@ -286,8 +288,12 @@ def write_meta(path: Path, meta: dict[str, Any], *, known: bool) -> None:
     where.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+_APART: Final = frozenset({"binds", "model", "learned"})
+"""What two parts of a collection need not have in common: names of the model, and what hangs on the probe's digest."""
+
+
 def _flat(meta: Mapping[str, Any]) -> dict[str, str]:
-    plain = {name: json.dumps(value) for name, value in meta.items() if name not in {"binds", "model"}}
+    plain = {name: json.dumps(value) for name, value in meta.items() if name not in _APART}
     return {**plain, **meta["binds"]}
 
 
@@ -385,6 +391,21 @@ def refuse_other_kinds(policy: Policy, meta: Mapping[str, Any], what: str) -> No
         raise ValueError(
             f"{policy!r} looks at {', '.join(sorted(live)) or 'no'} checks of this model, but {what} holds "
             f"{', '.join(sorted(meta['kinds']))} checks, which do not replay it: collect those kinds into another file"
+        )
+
+
+def refuse_learned(policy: Policy, meta: Mapping[str, Any], traces: Sequence[Trace]) -> None:
+    """Refuse to judge a policy that reads a probe on questions that the probe has learned from.
+
+    Raises:
+        ValueError: some are, so that the policy would look better than it is.
+    """
+    learned = frozenset(meta.get("learned", ())) if "p_safe" in policy.needs else frozenset()
+    known = {trace.question for trace in traces if trace.question is not None and mark(trace.question) in learned}
+    if known:
+        raise ValueError(
+            f"the probe has learned from {len(known)} of these questions ({min(known)[:60]!r}, say), so on them "
+            f"{policy!r} looks better than it is: collect others, or train the probe on others"
         )
 
 

@@ -396,7 +396,7 @@ and then, in Python:
 
   path = rule_path({"plan": DEER(), "step": DEER()})
   found = certify_rule(Runs.read("runs/plans"), path, epsilon=0.1)
-  step_model = llm.bind(exit_policy=found.rule.get("step", "never"), look="wait")
+  step_model = llm.bind(exit_policy=found.policy("step", llm), look="wait")
 """,
     ),
     Command(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from langchain_earlyexit.lab.collect import refuse_learned
 from langchain_earlyexit.lab.live import FULL, Live
 from langchain_earlyexit.lab.paths import path_of
 from langchain_earlyexit.lab.replays import Collection, agreement, choose, curve, oracle, oracle_curve, reliability
@@ -47,8 +48,11 @@ def evaluate(
         asides: tables below those.
 
     Raises:
-        ValueError: a policy that the collection does not replay, or a run of other questions.
+        ValueError: a policy that the collection does not replay, or that reads a probe which has learned from it; a
+            run of other questions.
     """
+    for policy in replayed.values():
+        refuse_learned(policy, test.meta, test.traces)
     full = next((run for run in live if run.arm == FULL.name), None)
     budgets = [run for run in live if run.budget is not None]
     table = Table(test.full() if full is None else full.outcomes, test.judge, [run.outcomes for run in budgets])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from langchain_earlyexit.answers import graded_form
 from langchain_earlyexit.fingerprint import digest
 from langchain_earlyexit.lab.collect import read_meta, read_states, read_traces
+from langchain_earlyexit.probe import mark
 from langchain_earlyexit.trace import Trace
 
 LABELS: Final = ("full", "gold")
@@ -43,6 +44,7 @@ class Examples:
         ids: of the question, [rows].
         part: "train", "choose" or "test", by question, [rows].
         questions: how many there are.
+        learned: marks (`probe.mark`) of those that are not in the part "test".
         binds: the model's fingerprint.
         model: its name.
     """
@@ -55,6 +57,7 @@ class Examples:
     ids: NDArray[np.str_]
     part: NDArray[np.str_]
     questions: int
+    learned: tuple[str, ...]
     binds: Mapping[str, str]
     model: str
 
@@ -92,7 +95,7 @@ def examples(
         confidence += [trace.checks[i].signals.get("trial_confidence", float("nan")) for i in wanted]
         first += [i == wanted[0] for i in wanted]
         ids += [trace.question_id] * len(wanted)
-        part += [part_of(trace.question or trace.question_id, seed)] * len(wanted)
+        part += [part_of(_text(trace), seed)] * len(wanted)
     if not rows:
         raise ValueError(f"{os.fspath(out)!r} holds no checks of the kinds {sorted(kinds or meta['kinds'])}")
     return Examples(
@@ -104,9 +107,14 @@ def examples(
         np.array(ids),
         np.array(part),
         len(traces),
+        tuple(sorted({mark(text) for text in map(_text, traces) if part_of(text, seed) != "test"})),
         {name: meta["binds"][name] for name in _BOUND},
         meta["model"],
     )
+
+
+def _text(trace: Trace) -> str:
+    return trace.question or str(trace.question_id)
 
 
 def part_of(question: str, seed: int = 0) -> str:

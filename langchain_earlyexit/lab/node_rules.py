@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from langchain_earlyexit.answers import graded_form
+from langchain_earlyexit.chat_models import ChatEarlyExit
 from langchain_earlyexit.guarantee import with_policy
-from langchain_earlyexit.lab.collect import live_kinds, read_meta, read_states, refuse_other_kinds
+from langchain_earlyexit.lab.collect import live_kinds, read_meta, read_states, refuse_learned, refuse_other_kinds
 from langchain_earlyexit.lab.learn_then_test import certified, questions_needed, upper_bound
 from langchain_earlyexit.lab.lines import refuse_unfinished
 from langchain_earlyexit.lab.outcomes import Closing, replayed
@@ -36,6 +37,7 @@ from langchain_earlyexit.lab.trajectories import RUNS, CallTrace, Trajectory, no
 from langchain_earlyexit.policies import Never, Policy, replay
 from langchain_earlyexit.policy_json import policy_from_dict, policy_to_dict
 from langchain_earlyexit.probe import POSITIONS, Probe
+from langchain_earlyexit.promises import refuse_other_model
 from langchain_earlyexit.trace import Trace
 
 Rule = Mapping[str, Policy]
@@ -187,7 +189,7 @@ class Runs:
 
 def _probed_meta(meta: Mapping[str, Any], probe: Probe) -> dict[str, Any]:
     signals = sorted({*meta["signals"], "p_safe"})
-    return {**meta, "signals": signals, "binds": {**meta["binds"], "probe": probe.digest}}
+    return {**meta, "signals": signals, "learned": probe.learned, "binds": {**meta["binds"], "probe": probe.digest}}
 
 
 def rule_path(rule: Rule) -> tuple[Rule, ...]:
@@ -214,8 +216,8 @@ class CertifiedRule:
 
     With probability at least 1 - delta over the runs it was calibrated on, at most a share epsilon of new runs, on
     questions of the same kind, has any call answered otherwise than full thinking would have. For graphs that hand on
-    answers alone (see above), with the same model, prompts and settings: `binds` tells them, and nothing checks them
-    when the rule runs.
+    answers alone (see above), with the same model, prompts and settings: `binds` tells them. `policy` refuses another
+    model; prompts and settings nothing checks when the rule runs.
 
     Attributes:
         rule: policies by node; empty where none that leaves early could be certified.
@@ -239,6 +241,21 @@ class CertifiedRule:
     def bound(self) -> float:
         """Upper confidence bound on the share of changed runs, for this setting alone."""
         return upper_bound(self.changed, self.runs, self.delta)
+
+    def policy(self, node: str, llm: ChatEarlyExit) -> Policy:
+        """The policy for the calls of a node; one that never leaves where the rule has none.
+
+        Args:
+            node: of the graph.
+            llm: the model that makes the calls.
+
+        Raises:
+            ValueError: the rule was certified on another model or probe, naming what differs.
+        """
+        if node not in self.rule:
+            return Never()
+        refuse_other_model(f"the rule for {node!r}", self.binds[node], llm.load(), "choose a policy of your own")
+        return self.rule[node]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON."""
@@ -276,7 +293,7 @@ def certify_rule(runs: Runs, path: Sequence[Rule], epsilon: float, delta: float 
 
     Raises:
         ValueError: too few runs, naming how many it takes; an unfinished collection; a path whose first rule leaves
-            early; a rule that the runs do not replay.
+            early; a rule that the runs do not replay; calls that a probe of theirs has learned from.
     """
     if not (0 < epsilon < 1 and 0 < delta < 1):
         raise ValueError(f"epsilon and delta lie in (0, 1), got {epsilon} and {delta}")
@@ -288,6 +305,10 @@ def certify_rule(runs: Runs, path: Sequence[Rule], epsilon: float, delta: float 
             f"{n} runs cannot certify epsilon={epsilon:g} at delta={delta:g}: it takes at least {needed}, and more if "
             "some change; collect more runs"
         )
+    for node, policy in path[-1].items():
+        # What a run is about stands in its first call; that later ones are asked again in other runs is their nature.
+        firsts = [run.calls[0] for run in runs.trajectories if run.calls]
+        refuse_learned(policy, runs.metas[node], [call.trace for call in firsts if call.node == node])
     found = [runs.replay(rule) for rule in path]
     if any(one.exits for one in found[0]):
         raise ValueError("a path begins with a rule that never leaves")

@@ -129,7 +129,7 @@ def train(
             best = (score, head, probe)
     assert best is not None  # noqa: S101 - there is at least one head
     report = _report(data, label, best[2], best[1], tuple(sorted(tried, key=lambda pair: -pair[1])))
-    about = {"model": data.model, "label": label, "report": _plain(report.to_dict())}
+    about = {"model": data.model, "label": label, "report": _plain(report.to_dict()), "learned": list(data.learned)}
     return replace(best[2], about=about), report
 
 

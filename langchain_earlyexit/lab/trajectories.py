@@ -136,6 +136,7 @@ class WatchedModel(ChatEarlyExit):
             "signals": sorted(signals),
             "depths": list(self._depths),
             "closing": {"full": len(request.closing), "bare": len(request.bare_closing)},
+            "learned": [] if bound.probe is None else bound.probe.learned,
         }
         name = f"earlyexit-{uuid.uuid4()}"
         question = messages[-1].text
