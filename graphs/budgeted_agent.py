@@ -1,7 +1,8 @@
 """An agent with tools whose every step thinks within its budget: `graph` for `langgraph dev`, or to copy from.
 
 Nothing is loaded at import; the weights come with the first question, off the event loop. The bundled model
-calls tools whose arguments stand in the question, such as "What is 41 plus 58? Use the tool."
+calls tools whose arguments stand in the question, such as "What is 41 plus 58? Use the tool." With another model
+write budgets of tens of times the size: the bundled one thinks some 200 tokens a call.
 """
 
 from langchain.agents.middleware import ModelCallLimitMiddleware

@@ -51,7 +51,7 @@ class Asks:
             ValueError: a choice of a tool that is not there, or a schema that cannot be enforced.
         """
         strict = keywords.get("strict")
-        schema, described = as_schema(keywords.get("response_format"))
+        schema, described = as_schema(keywords.get("response_format"), strict=strict)
         tools = as_tools(keywords.get("tools") or (), strict=strict)
         choice = as_choice(keywords.get("tool_choice"), tools)
         return cls(
@@ -102,9 +102,30 @@ def as_tools(tools: Sequence[Any], *, strict: bool | None = None) -> tuple[Mappi
 def as_tool(tool: Any, *, strict: bool | None = None) -> dict[str, Any]:
     """LangChain's `convert_to_openai_tool`, and whole where that cuts something down to {}.
 
-    It does so to a model that refers to itself, and to a JSON schema that lists no properties.
+    It does so to a model that refers to itself, and to a JSON schema that lists no properties. With `strict`, the
+    argument's or the tool's own, every listed property must be given.
+
+    Raises:
+        ValueError: both say something else.
     """
-    converted = convert_to_openai_tool(tool, strict=strict)
+    converted = _whole(tool)
+    function = converted.get("function")
+    if function is None:
+        return converted
+    said = function.get("strict")
+    if strict is not None and said not in (None, strict):
+        raise ValueError(f"the tool {function['name']!r} says strict={said}, but strict={strict} is asked of it")
+    if strict is None and said is None:
+        return converted
+    function = {**function, "strict": said if strict is None else strict}
+    if function["strict"] and isinstance(function.get("parameters"), Mapping):
+        function["parameters"] = strictly(function["parameters"])
+    return {**converted, "function": function}
+
+
+def _whole(tool: Any) -> dict[str, Any]:
+    """The tool as it is called, whether or not core keeps all of it."""
+    converted = convert_to_openai_tool(tool)
     if isinstance(tool, Mapping) and "title" in tool and "parameters" not in converted.get("function", {}):
         whole = {key: value for key, value in tool.items() if key not in ("title", "description")}
         return {**converted, "function": {**converted["function"], "parameters": whole}}
@@ -181,7 +202,7 @@ def _known(name: str, names: Sequence[str]) -> str:
     return name
 
 
-def as_schema(wanted: Any) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+def as_schema(wanted: Any, *, strict: bool | None = None) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
     """`schema` and `described` of what a `response_format` asks for, see `Asks`.
 
     Raises:
@@ -196,12 +217,13 @@ def as_schema(wanted: Any) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] 
     name = ""
     if kind == "json_schema" and isinstance(wanted.get("json_schema"), Mapping):
         schema, name = wanted["json_schema"].get("schema"), str(wanted["json_schema"].get("name", ""))
-        if wanted["json_schema"].get("strict") and isinstance(schema, Mapping):
-            schema = strictly(schema)
+        strict = wanted["json_schema"].get("strict", strict)
     elif isinstance(wanted, type):
         schema, name = json_schema(wanted), wanted.__name__
     if not isinstance(schema, Mapping):
         raise ValueError(f"response_format must be {_FORMATS}, not {wanted!r}")
+    if strict:
+        schema = strictly(schema)
     tidy = _checked(json.dumps(schema), f"the response format {name!r}")
     return tidy, None if schema == _ANY_OBJECT else schema
 

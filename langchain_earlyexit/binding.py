@@ -101,6 +101,11 @@ class Binding:
         found: str | None = getattr(self.engine, "sentry", None)
         return found
 
+    @property
+    def probe_digest(self) -> str | None:
+        """Of the probe that measures `p_safe`, here or in the server."""
+        return (self.sentry or None) if self.probe is None else self.probe.digest
+
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What an artifact made on this model is bound to: weights, dtype, tokenizer, chat template and cues."""
@@ -158,7 +163,7 @@ class Binding:
                 },
                 sampling=asdict(request.sampling),
                 caps=caps,
-                probe=(self.sentry or None) if self.probe is None else self.probe.digest,
+                probe=self.probe_digest,
             ),
         }
 

@@ -27,6 +27,7 @@ from langchain_earlyexit.copies import Copied
 from langchain_earlyexit.engines.program import Stream
 from langchain_earlyexit.events import Blocks
 from langchain_earlyexit.fields import Fields
+from langchain_earlyexit.guarantee import Calibration
 from langchain_earlyexit.inert import plain_ids
 from langchain_earlyexit.lanes import audited
 from langchain_earlyexit.loading import Loaded, Shelf
@@ -34,7 +35,7 @@ from langchain_earlyexit.messages import to_template
 from langchain_earlyexit.policies import Policy
 from langchain_earlyexit.prompts import RefusedByTemplate
 from langchain_earlyexit.replies import Call, ahear, aspeak, gather, hear, speak
-from langchain_earlyexit.settings import NAMES, Settings, warn_uncalibrated
+from langchain_earlyexit.settings import NAMES, Settings, effort_confidence, warn_uncalibrated
 from langchain_earlyexit.signals import refuse_lacking
 from langchain_earlyexit.tooled import Tooled
 
@@ -224,6 +225,40 @@ class ChatEarlyExit(Tooled, Copied, Fields):
         What it tells holds for as long as this chat model is neither closed nor gone.
         """
         return self._bind()
+
+    def load_calibration(self) -> Calibration | None:
+        """What serves calls with a confidence: the calibration that was named, or lies beside the weights; else None.
+
+        No weights are loaded. Blocking, the first time.
+        """
+        return self._loaded.calibration(self._source())
+
+    def serves(self, confidence: float) -> bool:
+        """Whether the calibration has a level that is at least as strict. Blocking, the first time.
+
+        Raises:
+            ValueError: there is no calibration.
+        """
+        found = self.load_calibration()
+        if found is None:
+            self.call_settings(confidence=confidence)  # says how to get one
+        return found is not None and found.serves(confidence)
+
+    def capped(self, cap: int, **kwargs: Any) -> dict[str, Any]:
+        """Keywords that hold a call with these to at most `cap` thinking tokens, and leave all else as it is.
+
+        An effort is a cap too, and where it is also a confidence, that stays. Blocking, the first time.
+        """
+        settings = self.call_settings(**kwargs)
+        if settings.budget is not None and settings.budget <= cap:
+            return {}
+        told: dict[str, Any] = {"thinking_budget": cap, "reasoning_effort": None}
+        alone = settings.reasoning_effort is not None and settings.exit_policy is None and settings.confidence is None
+        if self.calibration is not None and alone:  # it decides, and nothing of the constructor's may come back
+            level = effort_confidence(settings)
+            served = level is not None and self.serves(level)
+            told |= {"confidence": level} if served else {"exit_policy": "never"}
+        return told
 
     def close(self) -> None:
         """Stop this model's calls. Weights go when no other model in the process uses them. A later call loads anew."""

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
-    except (ValueError, FileNotFoundError, ImportError) as error:  # an import error names the extra to install
+    except (ValueError, OSError, ImportError) as error:  # an import error names the extra to install
         print(f"earlyexit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -75,9 +75,11 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         default="deer",
         help="never, deer, codestop, lynx, probethentrial, convergence, eat, thinkbrake or giveup",
     )
-    parser.add_argument("--probe", default=None, help="directory or hub id of the probe that lynx needs")
+    parser.add_argument(
+        "--probe", default=None, help="directory or hub id of the probe that lynx and probethentrial need"
+    )
     parser.add_argument("--budget", type=int, default=None, help="cap on thinking tokens; 0 for none at all")
-    parser.add_argument("--seed", type=int, default=None, help="equal seeds give equal text")
+    parser.add_argument("--seed", type=int, default=None, help="equal seeds give equal text in float32")
 
 
 def _ask(given: argparse.Namespace) -> None:

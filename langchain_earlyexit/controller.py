@@ -82,7 +82,6 @@ class Run:
         request, trunk = self.request, self.trunk
         trunk.open()
         ending = (yield from self.think()) if request.thinking else Ending("no_thinking", open=False)
-        self._matcher.end()
         exited = ending.reason in POLICY_REASONS or ending.reason in {"budget", "answer_now"}
         thinking = len(self.thoughts)
         trunk.events.append(Closed(exited, ending.reason, ending.score, thinking))

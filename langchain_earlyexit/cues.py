@@ -110,7 +110,6 @@ class CueMatcher:
         self._interval = spec.interval if "interval" in kinds else 0
         self._min_gap = spec.min_gap
         self._pushed = 0
-        self._ended = False
         self._found: deque[Hit] = deque()  # in order of position, not yet returned
         self._last: dict[str, int] = {}  # position of the last hit returned, by kind
         reflects = "reflection" in kinds
@@ -131,12 +130,7 @@ class CueMatcher:
         Args:
             token_id: its id.
             piece: the text this token completes; "" while a character of several tokens is incomplete.
-
-        Raises:
-            RuntimeError: the thinking is over.
         """
-        if self._ended:
-            raise RuntimeError("the thinking is over: a cue matcher takes thinking tokens only")
         self._pushed += 1
         if token_id in self._token_ids:
             if self._words:
@@ -151,14 +145,6 @@ class CueMatcher:
         if self._interval and self._pushed % self._interval == 0:
             self._found.append(Hit(self._pushed, f"{self._interval} tokens", "interval", self._pushed))
         return self._next() if self._found else None
-
-    def end(self) -> None:
-        """The thinking is over: nothing fires any more, not even a cue that still waited for its right edge."""
-        self._ended = True
-        self._found.clear()
-        if self._words:
-            self._words.start = None
-        self._sentence_end = 0
 
     def _settled(self) -> int:
         # No hit yet to be found can have a position below this.

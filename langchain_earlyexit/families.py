@@ -63,7 +63,7 @@ class Family:
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Advised for thinking: temperature, top_p, top_k, min_p."""
     habit: Literal["boxed", "text"] = "text"
-    """The form in which the model answers of its own accord."""
+    """The form in which the model answers whatever it is asked. Models for all purposes box what asks for a box."""
     boxed_inducer: str = BOXED_INDUCER
     """What follows the end-of-thinking string to make the model answer in a box."""
     budget_message: str = ""
@@ -115,7 +115,6 @@ FAMILIES: tuple[Family, ...] = (
         think_newline=True,
         cues=LYNX_CUES,
         sampling={"temperature": 0.6, "top_p": 0.95},
-        habit="boxed",
         probe_layers=(9 / 28, 16 / 28, 1.0),
         tau={
             "r1-distill-llama-8b": {
@@ -135,7 +134,6 @@ FAMILIES: tuple[Family, ...] = (
         think_newline=True,
         cues=LYNX_CUES,
         sampling={"temperature": 0.6, "top_p": 0.95},
-        habit="boxed",
         probe_layers=(0.25, 0.5, 0.75, 1.0),
         tau={
             "nemotron-nano-8b-v1": {
@@ -165,7 +163,6 @@ FAMILIES: tuple[Family, ...] = (
         think_newline=True,
         cues=LYNX_CUES,
         sampling={"temperature": 0.6, "top_p": 0.95, "min_p": 0.0},
-        habit="boxed",
         probe_layers=(0.25, 0.5, 0.75, 1.0),
         source="model card QwQ-32B; probe depths: LYNX",
     ),
@@ -182,7 +179,6 @@ FAMILIES: tuple[Family, ...] = (
         think_newline=True,
         cues=LYNX_CUES,
         sampling={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-        habit="boxed",
         budget_message="\n\nConsidering the limited time by the user, I have to give the solution based on "
         "the thinking directly now.\n",
         source="model card Qwen3-4B-Thinking-2507; budget sentence: arXiv 2505.09388",
@@ -194,7 +190,6 @@ FAMILIES: tuple[Family, ...] = (
         think_newline=True,
         cues=LYNX_CUES,
         sampling={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-        habit="boxed",
         budget_message="\n\nConsidering the limited time by the user, I have to give the solution based on "
         "the thinking directly now.\n",
         probe_layers=(1 / 3, 0.5, 2 / 3, 1.0),
@@ -220,7 +215,6 @@ FAMILIES: tuple[Family, ...] = (
         patterns=(r"magistral",),
         think=_MISTRAL,
         sampling={"temperature": 0.7, "top_p": 0.95},
-        habit="text",
         source="model cards Magistral-Small-2506 and Magistral-Small-2509",
     ),
     Family(

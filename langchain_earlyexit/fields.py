@@ -95,7 +95,8 @@ class Fields(BaseChatModel):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    """Equal seeds give equal text, whatever else runs. None draws one, which the response metadata tell."""
+    """Equal seeds give equal text, whatever else runs, in float32 on the local engine; in half precision and on servers
+    company may tip a token. None draws one, which the response metadata tell."""
     stop: list[str] | None = Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
     """Strings that end the answer. In the thinking they mean nothing."""
     audit_rate: float = 0.0

@@ -67,10 +67,10 @@ def turn(
     """
     if isinstance(model, ChatEarlyExit):
         own = model.call_settings(**settings).budget
+        if own is not None and own <= cap:
+            return Turned(model, dict(settings), own)
         kept = {name: value for name, value in settings.items() if name not in BUDGET_NAMES}
-        least = cap if own is None else min(own, cap)
-        # An effort names another cap; two words for one are refused.
-        return Turned(model, {**kept, "thinking_budget": least, "reasoning_effort": None}, least)
+        return Turned(model, {**kept, **model.capped(cap, **settings)}, cap)
     kind = getattr(model, "_llm_type", None)
     thinking = settings.get("thinking") or getattr(model, "thinking", None)
     if kind == "anthropic-chat":

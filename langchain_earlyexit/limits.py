@@ -57,12 +57,18 @@ class Limits:
     risk_weights: Mapping[str, float]
 
     def check(self, *models: Runnable[LanguageModelInput, AIMessage]) -> None:
-        """Raise ValueError for numbers that cannot be, or for a risk and a model that has no calibration for it."""
+        """Raise ValueError for numbers that cannot be, or for a risk that a model's calibration does not serve."""
         if self.tokens is not None:
             check_budget({"tokens": self.tokens})
         for risk in [] if self.epsilon is None else set(spread_risk(self.epsilon, self.risk_weights).values()) - {0.0}:
             for model in models:
-                chat_of(model)[0].call_settings(confidence=1 - risk)
+                chat = chat_of(model)[0]
+                if not chat.serves(1 - risk) and (held := chat.load_calibration()) is not None:
+                    raise ValueError(
+                        f"epsilon={self.epsilon:g} is {risk:.3g} for one of {len(self.risk_weights)} steps, but the "
+                        f"strictest level of {chat.model}'s calibration is {held.levels[0].epsilon:g}, so none would "
+                        "ever be cut: give a larger epsilon, or calibrate on more questions"
+                    )
 
     def begin(self, state: State, config: RunnableConfig) -> dict[str, Any]:
         """With what a run begins: its `reasoning_part`, and no `step`.

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,11 @@ class Source:
         """Those of the calibration that was named, if any was."""
         if self.calibration is None:
             return None
-        return Promises(load_calibration(self.calibration, token=self._token))
+        return Promises(self.read_calibration(self.calibration))
+
+    def read_calibration(self, where: Any) -> Calibration:
+        """See `promises.load_calibration`."""
+        return load_calibration(where, token=self._token)
 
     def probe_beside(self) -> Path | None:
         """Where a probe lies beside the weights, if none was named."""
@@ -173,6 +177,7 @@ class Loaded:
     def __init__(self) -> None:
         self.bound: Binding | None = None
         self.promises: Promises | None = None
+        self._calibration: Calibration | None = None
         # Held for as long as weights load: nothing that an event loop runs may ever wait for it.
         self._lock = threading.Lock()
 
@@ -191,11 +196,19 @@ class Loaded:
                 bound = self.bound or self._load(source)
         return bound if settings is None else self._with_beside(bound, source, settings)
 
+    def calibration(self, source: Source) -> Calibration | None:
+        """What calls with a confidence are served by; None where nothing does. Read once, without any weights."""
+        found = self._calibration
+        if found is None:
+            where = source.calibration_beside() if source.calibration is None else source.calibration
+            found = self._calibration = None if where is None else source.read_calibration(where)
+        return found
+
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
         """Forget what is loaded. The block ends its calls; then a shared engine is given back."""
         with self._lock:
-            self.bound = None
+            self.bound = self._calibration = None
         yield
         release(self)
 
@@ -265,13 +278,20 @@ def _check_own(source: Source) -> None:
     kind = type(source.engine).__name__
     if not isinstance(source.engine, Engine):
         raise ValueError(f"engine must be 'transformers', 'vllm' or an Engine, not {kind}")
-    for name in ("cache_bytes", "max_running"):
-        if getattr(source, name) is not None:
-            raise ValueError(
-                f"{name}={getattr(source, name)} is a bound for an engine that is yet to be built, but engine is a "
-                f"{kind}, which is built already; set the bound where that is built"
-            )
+    names = (*_OF_WEIGHTS, "base_url", "revision", "max_running")
+    _refuse(source, names, f"engine is a {kind}, which is built already; set it where that is built")
+    if source.trust_remote_code:
+        raise ValueError(f"trust_remote_code=True is about weights to be loaded, but engine is a {kind}; leave it out")
     _check_reuse(source, f"but engine is a {kind}; turn it off where that is built")
+
+
+_OF_WEIGHTS = ("device", "device_map", "dtype", "quantization_config", "cache_bytes")
+
+
+def _refuse(source: Source, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(source, name) is not None:
+            raise ValueError(f"{name}={getattr(source, name)!r} is for an engine that is yet to be built, but {why}")
 
 
 def _check_reuse(source: Source, instead: str) -> None:
@@ -282,12 +302,7 @@ def _check_reuse(source: Source, instead: str) -> None:
 def _check_remote(source: Source) -> None:
     if not source.base_url:
         raise ValueError("engine='vllm' needs base_url, the address of a server or a list of them")
-    for name in ("device", "device_map", "dtype", "quantization_config", "cache_bytes"):
-        if getattr(source, name) is not None:
-            raise ValueError(
-                f"{name}={getattr(source, name)!r} says how weights are loaded, but with engine='vllm' the server "
-                "has loaded them; leave it out"
-            )
+    _refuse(source, _OF_WEIGHTS, "with engine='vllm' the server has loaded the weights; leave it out")
     _check_reuse(source, "but with engine='vllm' the server decides; turn it off there (--no-enable-prefix-caching)")
 
 

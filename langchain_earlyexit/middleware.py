@@ -6,6 +6,7 @@ the agent's state. Knows nothing of sums and shares (`ledger`, `budgets`) nor of
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
@@ -168,7 +169,11 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
                     f"confidence={level} needs a ChatEarlyExit with a calibration; {type(model).__name__} never exits "
                     "early. Leave out confidence, and the budgets hold all the same"
                 )
-            model.call_settings(confidence=level)
+            if not model.serves(level):
+                raise ValueError(
+                    f"confidence={level} is stricter than all that {model.model}'s calibration has certified, so no "
+                    "such step would ever be cut: give a looser one, or calibrate with more questions"
+                )
 
     def check_tools(self, tools: Iterable[Any]) -> None:
         """Raise ValueError where none of `tools`, all that the agent will have, has a name that is irreversible."""
@@ -201,6 +206,9 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> AIMessage | ExtendedModelResponse[Any]:
         """Call the model within its budget."""
+        chat, _ = unwrapped(request.model, _config())
+        if isinstance(chat, ChatEarlyExit) and (chat.calibration is not None or self._risks(request)):
+            await asyncio.to_thread(chat.load_calibration)  # a file: not to be read in the loop
         notice, asked, spend, claim = self._asked(request)
         if notice is not None:
             return notice
@@ -226,6 +234,8 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
             caps.append(share_of(kind, budget, ledger))
         cap = min(caps) if caps else None
         epsilon, heuristic = self._risk_of(kind, request, risk, ledger)
+        if epsilon and isinstance(request.model, ChatEarlyExit) and not request.model.serves(1 - epsilon):
+            epsilon = 0.0  # so strict that nothing is certified for it: full thinking keeps to it too
         spend = opened(
             kind, budget, risk, within="|".join(around), node="model", turn=turn_of(state), model=_name(request.model),
             cap=cap, epsilon=epsilon or 0.0, heuristic=heuristic,
@@ -299,6 +309,12 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
             budget = {**budget, "weights": {**self._weights, **named}}
         own = _of_context(request, "reasoning_risk")
         return around, budget, risk if own is None else check_risk(cast("Risk", {**run, **own}))
+
+    def _risks(self, request: ModelRequest[Any]) -> bool:
+        """Whether a step may be asked with a confidence."""
+        state = cast("dict[str, Any]", request.state)
+        given = ("risk" in state, "risk" in state.get("reasoning_part", ()), _of_context(request, "reasoning_risk"))
+        return self._confidence is not None or any(given)
 
     def _left(self, budget: Budget | None, ledger: Ledger) -> int | None:
         left = [] if budget is None else [remaining(budget, ledger)]

@@ -6,6 +6,7 @@ may serve any number of graphs at once; that calls which run at once do not take
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -96,14 +97,15 @@ def reasoning_node(
     """A node, for sync and async graphs alike, that asks `model` once.
 
     The cap on its thinking is what `state["budget"]` allows its step (times `share`, and at most `most` and the
-    model's own), and its `confidence` is 1 - the risk that `state["risk"]` allows; a step without any is never cut. The
-    call's entry goes to `state["ledger"]`. A call that fails writes nothing, so a retried step counts once; what was
-    spent before `writes` failed is written by the next attempt in the same process. That is so for the retries of this
-    node: a retry of a graph that it stands in begins that graph anew, and loses what it had spent. So a retry policy
-    belongs on this node, not on a node that is a graph. Nodes of one superstep do not see each other's spend: those
-    that could together take more than is left are refused, unless weights, shares or `branches` tell them apart. In a
-    graph that is a node of another, a step that the budget or the risk does not name counts as a part of that node's
-    step. Custom stream events `early_exit.step` (what it may spend) and `early_exit.spent` (its entry) go out.
+    model's own), and its `confidence` is 1 - the risk that `state["risk"]` allows; a step without any is never cut, nor
+    is one that has less than the calibration certifies. The call's entry goes to `state["ledger"]`. A call that fails
+    writes nothing, so a retried step counts once; what was spent before `writes` failed is written by the next attempt
+    in the same process. That is so for the retries of this node: a retry of a graph that it stands in begins that graph
+    anew, and loses what it had spent. So a retry policy belongs on this node, not on a node that is a graph. Nodes of
+    one superstep do not see each other's spend: those that could together take more than is left are refused, unless
+    weights, shares or `branches` tell them apart. In a graph that is a node of another, a step that the budget or the
+    risk does not name counts as a part of that node's step. Custom stream events `early_exit.step` (what it may spend)
+    and `early_exit.spent` (its entry) go out.
 
     Args:
         model: a `ChatEarlyExit`, or one with keywords, tools, a configuration or retries bound to it.
@@ -129,8 +131,8 @@ def reasoning_node(
         raise ValueError(f"share is the part of the allowance that a call may take, in (0, 1], not {share}")
     if most is not None and most < 0:
         raise ValueError(f"most is a cap of at least 0 thinking tokens, or None, not {most}")
-    # Two names for one cap would only be refused at the first call.
-    chat.call_settings(**{**bound, **_capped(0)})
+    # What cannot be meant would only be refused at the first call.
+    chat.call_settings(**{**bound, "thinking_budget": 0, "reasoning_effort": None})
     tries = {name, *replaces}
 
     def given(state: State, config: RunnableConfig) -> _Asked:
@@ -139,6 +141,7 @@ def reasoning_node(
         ledger = with_lost(_ledger(state), config)
         around, budget, risk = limits_of(step, state, config, ledger)
         asked: dict[str, Any] = {}
+        more = dict(keywords(state)) if keywords else {}
         caps = [] if most is None else [most]
         if budget is not None:
             caps.append(int(allowance(step, budget, ledger) * share))
@@ -146,13 +149,15 @@ def reasoning_node(
         if own is not None:
             caps.append(own)
         if caps:
-            asked |= _capped(min(caps))
+            asked |= chat.capped(min(caps), **{**bound, **more})
         earlier = None if writes else _earlier_try(state, step, tries)
         again = earlier is not None and ledger[earlier[0]]["node"] == name
         free = may_cut and not again  # what a policy once gave up on, it would give up on again
         epsilon, heuristic = 0.0, False
         if risk is not None and free:
             epsilon, heuristic = risk_of(step, risk, ledger)
+        if epsilon > 0 and not chat.serves(1 - epsilon):
+            epsilon = 0.0  # so strict that nothing is certified for it: full thinking keeps to it too
         if epsilon > 0:
             asked |= {"confidence": 1 - epsilon}
         elif risk is not None or not free:
@@ -166,7 +171,7 @@ def reasoning_node(
         if earlier is not None and again and not reads and not keywords:
             spend["retry_of"] = earlier[0]
         tell_step(spend, budget, ledger, None if budget is None else remaining(budget, ledger))
-        asked |= keywords(state) if keywords else {}
+        asked |= more
         return _Asked(prompt, asked, spend, replaced, ledger, claimed(spend, budget, risk, ledger, config))
 
     def taken(state: State, message: AIMessage, asked: _Asked, claim: Claim) -> dict[str, Any]:
@@ -187,6 +192,9 @@ def reasoning_node(
             return taken(state, message, asked, claim)
 
     async def athink(state: State, config: RunnableConfig) -> dict[str, Any]:
+        chat = chat_of(model, config)[0]
+        if chat.calibration is not None or "risk" in state or "risk" in state.get("reasoning_part", ()):
+            await asyncio.to_thread(chat.load_calibration)  # a file: not to be read in the loop
         asked = given(state, config)
         with asked.claim as claim:
             message = await model.ainvoke(asked.prompt, told_of(asked.spend, config), **asked.keywords)
@@ -274,11 +282,6 @@ def unwrapped(model: Any, config: RunnableConfig | None = None) -> tuple[Any, di
         else:
             break
     return model, bound
-
-
-def _capped(tokens: int) -> dict[str, Any]:
-    # An effort that is bound to the model names another cap: the nearer word counts.
-    return {"thinking_budget": tokens, "reasoning_effort": None}
 
 
 def _ledger(state: State) -> Ledger:

@@ -21,14 +21,25 @@ from langgraph.types import Checkpointer, Overwrite, Send
 from langchain_earlyexit.answers import BOXED
 from langchain_earlyexit.budgets import RISK_WEIGHTS, TOKEN_WEIGHTS, decay
 from langchain_earlyexit.cascade import Answered
+from langchain_earlyexit.families import find_family
 from langchain_earlyexit.limits import Limits, PartState
-from langchain_earlyexit.node import ReasoningState, State, question_of, reasoning_node, settings_of
+from langchain_earlyexit.node import ReasoningState, State, chat_of, question_of, reasoning_node, settings_of
 from langchain_earlyexit.parts import branches
 from langchain_earlyexit.places import standing_in
 
 Model = Runnable[LanguageModelInput, AIMessage]
 
 PLANNER_PROMPT: Final = "Split the problem into numbered steps."
+"""What the bundled model has learned to plan by."""
+
+FULL_PLANNER_PROMPT: Final = (
+    "Split the problem into at most {max_steps} numbered steps, one a line, as in `1. ...`, and write nothing else. "
+    "Each step is solved by somebody who sees that line alone: put all its numbers and facts into it. Write #k for the "
+    "result of step k."
+)
+
+STEP_REQUEST: Final = "\n\nGive the result alone, in as few words as it takes, within \\boxed{}."
+"""What stands below each step, for models that have not learned to answer so."""
 
 _LINE: Final = re.compile(r"\s*([0-9]{1,3})[.)]\s+(\S.*?)\s*")
 _REFERENCE: Final = re.compile(r"#([0-9]{1,3})(?![0-9])")
@@ -88,7 +99,7 @@ def create_plan_and_solve(
     composer: Model | None = None,
     max_steps: int = 8,
     schedule: str = "even",
-    planner_prompt: str = PLANNER_PROMPT,
+    planner_prompt: str | None = None,
     parse: Callable[[str], list[str] | None] = parse_numbered_plan,
     compose: Callable[[str, Sequence[str], Sequence[str]], str] = compose_results,
     result_of: Callable[[AIMessage], str] = result_in,
@@ -102,7 +113,8 @@ def create_plan_and_solve(
     Steps whose references are solved run side by side, with shares of their own. Steps of the run are "plan",
     "step 1", "step 2", ... and "answer"; budgets and risks name them so. What is not planned (`parse` says None, or
     there are more than `max_steps`) is answered without steps; `plan` in the output is then empty. Only the answer
-    joins `messages`; the plan and the steps' answers are in `work`, the results in `results`.
+    joins `messages`; the plan and the steps' answers are in `work`, the results in `results`. A step is solved by a
+    call that sees its own line, with the results it refers to, and nothing else.
 
     Args:
         model: plans, solves and composes, where no other is given for that.
@@ -112,7 +124,8 @@ def create_plan_and_solve(
         max_steps: of a plan, at least 1. Risk is shared among so many steps beforehand, come they or not: shares that
             wait for the plan would depend on it.
         schedule: how the budgets of the steps fall: see `budgets.decay`.
-        planner_prompt: system turn of the planner.
+        planner_prompt: system turn of the planner; when None `PLANNER_PROMPT` for the bundled model, which has learned
+            it, and `FULL_PLANNER_PROMPT` for others, told `max_steps`.
         parse: the steps of a written plan, or None.
         compose: prompt of the composer, from question, steps (references filled in) and results.
         result_of: what a step's answer gives to later steps.
@@ -128,6 +141,10 @@ def create_plan_and_solve(
     if max_steps < 1:
         raise ValueError(f"a plan has at least one step, got max_steps={max_steps}")
     planner, solver, composer = planner or model, solver or model, composer or model
+    learned = find_family(chat_of(planner)[0].model).name == "pocket"
+    request = "" if learned else STEP_REQUEST
+    if planner_prompt is None:
+        planner_prompt = PLANNER_PROMPT if learned else FULL_PLANNER_PROMPT.format(max_steps=max_steps)
     longest = _weights(max_steps, schedule)
     risky = {step: RISK_WEIGHTS[_kind(step)] for step in longest}
     limits = Limits(name, budget, longest, epsilon, risky)
@@ -162,7 +179,7 @@ def create_plan_and_solve(
         told = branches([f"step {i}" for i in ready], part.get("budget"), part.get("risk"), state["ledger"])
         around = {"reasoning_part": {"around": part["around"]}}
         return [
-            Send("step", {**one, **around, "question": _filled(state["plan"][i - 1], state["results"])})
+            Send("step", {**one, **around, "question": _filled(state["plan"][i - 1], state["results"]) + request})
             for i, one in zip(ready, told, strict=True)
         ]
 
@@ -257,4 +274,4 @@ def _grounded(steps: Sequence[str]) -> bool:
 
 
 def _filled(step: str, results: Mapping[str, str]) -> str:
-    return _REFERENCE.sub(lambda found: results[found[1]], step)
+    return _REFERENCE.sub(lambda found: results[str(int(found[1]))], step)

@@ -125,6 +125,10 @@ class Probe:
         # Both halves without overflow.
         return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))
 
+    def reads(self, position: int, end: int) -> int:
+        """Thinking tokens through the one whose states it reads, at a cue that begins and ends after so many."""
+        return end if self.position == "cue" else position
+
     def refuse_mismatch(self, actual: Mapping[str, str]) -> None:
         """Refuse to be used with anything else than what it was trained on.
 

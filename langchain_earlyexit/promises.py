@@ -30,7 +30,7 @@ from langchain_earlyexit.guarantee import Calibration, Level, with_policy
 from langchain_earlyexit.messages import role_of
 from langchain_earlyexit.policies import Never
 from langchain_earlyexit.request import Request
-from langchain_earlyexit.settings import EFFORT_CONFIDENCES, Settings
+from langchain_earlyexit.settings import Settings, effort_confidence
 from langchain_earlyexit.trace import POLICY_REASONS
 
 AUDIT_KEY: Final = "early_exit_audit"
@@ -197,13 +197,10 @@ class Promises:
 
     def _confidence(self, settings: Settings) -> float | None:
         """What was asked for, be it by the name of an effort; an effort beyond all levels thinks to the end."""
-        said = settings.confidence is not None or settings.exit_policy is not None
-        if said or settings.reasoning_effort is None or not self.efforts:
+        preset = effort_confidence(settings) if self.efforts else None
+        if preset is None:
             return settings.confidence
-        preset = EFFORT_CONFIDENCES.get(settings.reasoning_effort)
-        if preset is None or not self.calibration.serves(preset):
-            return None
-        return preset
+        return preset if self.calibration.serves(preset) else None
 
     def _fingerprint(
         self, bound: Binding, messages: Sequence[BaseMessage], settings: Settings, request: Request, asks: Asks
@@ -248,7 +245,7 @@ def refuse_other_model(artifact: str, binds: Mapping[str, str], bound: Binding, 
     actual = {
         **bound.fingerprint,
         "engine": bound.engine.name,
-        "probe": "none" if bound.probe is None else bound.probe.digest,
+        "probe": bound.probe_digest or "none",
     }
     named = {name: binds[name] for name in _OF_THE_MODEL if name != "probe" or binds["probe"] != "none"}
     try:

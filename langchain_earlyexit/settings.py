@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from langchain_earlyexit import asks
 from langchain_earlyexit.answers import FORMS, AnswerForm
-from langchain_earlyexit.policies import CoDEStop, FirstOf, Never, Policy, policy_from_name
+from langchain_earlyexit.policies import CoDEStop, Never, Policy, leaves_of, policy_from_name
 from langchain_earlyexit.sampling import Sampling
 
 EFFORT_BUDGETS: Mapping[str, int] = {
@@ -180,13 +180,19 @@ def as_policy(value: Any) -> Policy | None:
     return value
 
 
+def effort_confidence(settings: Settings) -> float | None:
+    """The confidence that an effort asks for, where there is a calibration; None where another word was said."""
+    if settings.confidence is not None or settings.exit_policy is not None or settings.reasoning_effort is None:
+        return None
+    return EFFORT_CONFIDENCES.get(settings.reasoning_effort)
+
+
 _warned = threading.Event()
 
 
 def warn_uncalibrated(policy: Policy | None) -> None:
     """Say once per process that a threshold was one model's in its paper, where a policy with such a one is used."""
-    members = policy.policies if isinstance(policy, FirstOf) else (policy,)
-    if not _warned.is_set() and any(isinstance(member, CoDEStop) for member in members):
+    if policy is not None and not _warned.is_set() and any(isinstance(leaf, CoDEStop) for leaf in leaves_of(policy)):
         _warned.set()
         warnings.warn(
             "CoDEStop's tau is used uncalibrated: in its paper it ranges from 0.9 to 90 over models and tasks "

@@ -80,8 +80,7 @@ def p_safe(probe: Probe, start: int, hit: Hit) -> Ask[float]:
         start: tokens of the prompt.
         hit: the cue.
     """
-    end = hit.end if probe.position == "cue" else hit.position
-    results = yield (Hidden(TRUNK, start + end - 1),)
+    results = yield (Hidden(TRUNK, start + probe.reads(hit.position, hit.end) - 1),)
     states: NDArray[np.float32] = results[0]  # type: ignore[assignment]
     return probe.p_safe(states)
 

@@ -11,7 +11,7 @@ from langchain_earlyexit.request import Request
 from langchain_earlyexit.sampling import Token
 from langchain_earlyexit.signals import Ask, T
 
-_AHEAD = 32
+AHEAD = 32
 """Tokens that the trunk may be ahead of what has been read of it: hidden states are kept for 64."""
 
 
@@ -114,7 +114,7 @@ class Trunk:
     def beside(self) -> Sample | None:
         """The next sample, to share a pass with a trial: none if the trunk waits, or has come to where it must stop."""
         request = self.request
-        if request.look == "wait" or len(self.ahead) >= _AHEAD:
+        if request.look == "wait" or len(self.ahead) >= AHEAD:
             return None
         if self.ahead and self.ahead[-1].id in request.ends:
             return None

@@ -324,8 +324,8 @@ class Sentries:
         hit = span.sentry.hit
         if hit is None or self.probe is None:
             return None
-        end = hit.end if self.probe.position == "cue" else hit.position
-        return span.watched.states.get(span.watched.orders.start + end - 1)
+        through = self.probe.reads(hit.position, hit.end)
+        return span.watched.states.get(span.watched.orders.start + through - 1)
 
     def _lose_all(self) -> None:
         """Something is wrong with this pass: all sentries on duty stand down, and say so."""

@@ -3,9 +3,11 @@
 import re
 
 import numpy as np
+from langchain_core.messages import HumanMessage
 
-from langchain_earlyexit import ChatEarlyExit, FunctionEngine
+from langchain_earlyexit import ChatEarlyExit, FunctionEngine, Never
 from langchain_earlyexit.engines.function import byte_tokenizer, scripted
+from langchain_earlyexit.guarantee import Calibration, Level, Setting, with_policy
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -24,6 +26,25 @@ def talker(says, **settings):
         return known[prompt](ids)
 
     return ChatEarlyExit(engine=FunctionEngine(next_logits, tokenizer), **{"seed": 1, **settings})
+
+
+class Noting(ChatEarlyExit):
+    """Notes with what confidence or policy it is asked."""
+
+    def _start(self, messages, stop, kwargs):
+        self.metadata["asked"].append({key: kwargs.get(key) for key in ("confidence", "exit_policy")})
+        return super()._start(messages, stop, kwargs)
+
+
+def promising(says, strictest=0.001, **settings):
+    """A model with a calibration whose strictest level is `strictest`, and whose levels never leave early."""
+    plain = talker(says)
+    bound, asked = plain.load(), [HumanMessage("?")]
+    how = plain.call_settings(exit_policy="never")
+    never = Setting(Never(), 0, 0)
+    binds = with_policy(bound.call_fingerprint(asked, how, bound.request(asked, how)), Never())
+    made = Calibration("answer_changed", 0.1, 5000, (never,), (Level(strictest, never, 1.0),), binds)
+    return Noting(engine=plain.engine, calibration=made, metadata={"asked": []}, **{"seed": 1, **settings})
 
 
 PROBLEM = "Ann has 3 boxes of 4 pens. She gets 2 and then 2 more. How many pens?"

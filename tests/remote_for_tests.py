@@ -335,8 +335,8 @@ class Plugin:
         if "end_margin" in sentry.wanted:
             signals["end_margin"] = self.margins.get(sentry.hit.position, float("nan"))
         if "p_safe" in sentry.wanted:
-            end = sentry.hit.end if self.probe.position == "cue" else sentry.hit.position
-            signals["p_safe"] = self.probe.p_safe(self.states(ids[: self.orders.start + end]))
+            through = self.probe.reads(sentry.hit.position, sentry.hit.end)
+            signals["p_safe"] = self.probe.p_safe(self.states(ids[: self.orders.start + through]))
         values = {signal: rounded(signal, value) for signal, value in signals.items()}
         left = sentry.hit is not None and sentry.measured(values)
         for signal, value in values.items():

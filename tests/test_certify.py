@@ -78,6 +78,23 @@ def test_questions_that_the_probe_has_learned_from_promise_nothing_for_a_policy_
     assert certify(path, DEER(), 0.05, progress=False).levels, "it reads no probe"
 
 
+def test_a_second_collection_that_is_not_finished_is_refused_too(collection):
+    first, second = collection("one"), collection("two", seed=1)
+    note_planned(second, [f"q{i}" for i in range(101)])
+    with pytest.raises(ValueError, match=r"two\.jsonl' is not finished"):
+        certify(first, DEER(), 0.05, again=second, progress=False)
+
+
+def test_calls_of_runs_that_are_not_all_there_are_refused(collection):
+    path = collection("step")
+    told = path.with_suffix(".meta.json")
+    told.write_text(json.dumps({**json.loads(told.read_text()), "of_runs": True}))
+    runs = path.with_name("runs.jsonl")
+    note_planned(runs, ["a", "b"])
+    with pytest.raises(ValueError, match=r"runs\.jsonl' is not finished: 2 were planned"):
+        certify(path, DEER(), 0.05, progress=False)
+
+
 def test_calls_of_one_run_of_a_graph_are_not_counted_one_by_one(collection):
     path = collection()
     meta = json.loads(path.with_suffix(".meta.json").read_text())

@@ -368,10 +368,22 @@ class TestBadInput:
             with pytest.raises(MemoryError, match=r"limit is 600,000.*higher cache_bytes"):
                 llm.invoke("1 + " * 200 + "1?")
 
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"base_url": "http://localhost:1"}, {"device": "cpu"}, {"device_map": "auto"}, {"dtype": "float32"},
+            {"revision": "main"}, {"quantization_config": {"bits": 4}}, {"trust_remote_code": True},
+        ],
+        ids=lambda given: next(iter(given)),
+    )  # fmt: skip
+    def test_what_says_how_to_load_is_refused_beside_an_engine_that_is_there(self, given):
+        with pytest.raises(ValueError, match=rf"{next(iter(given))}=.*engine is a FunctionEngine"):
+            ChatEarlyExit(engine=FunctionEngine(lambda ids: [0.0] * 256), **given)
+
     def test_a_bound_on_memory_is_refused_where_there_is_none_to_bound(self):
         with pytest.raises(ValueError, match=r"cache_bytes=600000 .* engine is a FunctionEngine"):
             ChatEarlyExit(engine=FunctionEngine(lambda ids: [0.0] * 256), cache_bytes=600_000)
-        with pytest.raises(ValueError, match=r"cache_bytes=600000 .* the server has loaded them"):
+        with pytest.raises(ValueError, match=r"cache_bytes=600000 .* the server has loaded the weights"):
             ChatEarlyExit(engine="vllm", base_url="http://localhost:1", cache_bytes=600_000)
         with pytest.raises(ValueError, match="cache_bytes"):
             ChatEarlyExit(cache_bytes=0)

@@ -11,6 +11,7 @@ from test_lynx import some_probe
 
 from langchain_earlyexit import BOXED, DEER, TEXT, ChatEarlyExit, FirstOf, replay
 from langchain_earlyexit.lab.collect import collect, read_meta, read_states, read_traces, seed_of
+from langchain_earlyexit.lab.datasets import Question
 from langchain_earlyexit.pocket.problems import sample
 from langchain_earlyexit.policies import EAT, LYNX, AnswerConvergence, CoDEStop
 from langchain_earlyexit.probe import POSITIONS
@@ -196,6 +197,10 @@ class TestResuming:
         with pytest.raises(ValueError, match="seed: made for 4, loaded is 5"):
             collect(llm, more, collected, depths=(1 / 3, 2 / 3, 1.0), seed=5, progress=False)
 
+    def test_a_finished_collection_asked_for_in_another_way_is_refused_too(self, llm, collected):
+        with pytest.raises(ValueError, match="seed: made for 4, loaded is 5"):
+            collect(llm, QUESTIONS, collected, depths=(1 / 3, 2 / 3, 1.0), seed=5, progress=False)
+
     def test_a_question_that_fails_takes_none_of_the_finished_ones_with_it(self, tmp_path):
         engine = tiny_reasoner("w 1}\n\n.a", sharp=12.0)
         inner, passes = engine._model.forward, []
@@ -228,6 +233,41 @@ class TestWhatIsRefused:
             engine.context_length = 4096
         assert summary.done == 2
         assert "context holds 600" in summary.refused["long"]
+
+    def test_one_that_is_left_out_does_not_stand_in_the_way_of_the_others_or_of_going_on(self, engine, tmp_path):
+        narrow = ChatEarlyExit(engine=engine, **HOW)
+        narrow.load()
+        engine.context_length = 600
+        long, out = Asked("long", "why " * 300), tmp_path / "x.jsonl"
+        try:
+            for before, questions in ((0, QUESTIONS[:1]), (1, QUESTIONS[:2]), (2, QUESTIONS[:2])):
+                summary = collect(narrow, [long, *questions], out, depths=(), progress=False)
+                assert (summary.before, [*summary.refused]) == (before, ["long"])
+            with pytest.raises(ValueError, match="context holds 600"):
+                collect(narrow, [long], tmp_path / "y.jsonl", depths=(), progress=False)
+        finally:
+            engine.context_length = 4096
+        assert len(read_traces(out)) == 2
+
+    def test_what_an_engine_cannot_tell_is_not_measured(self, llm, engine, tmp_path):
+        engine.lacks = {"end_entropy": "it tells a few log-probabilities only"}
+        try:
+            collect(llm, QUESTIONS[:1], tmp_path / "x.jsonl", depths=(), progress=False)
+            with pytest.raises(ValueError, match="end_entropy cannot be measured here, but"):
+                collect(llm, QUESTIONS[:1], tmp_path / "y.jsonl", signals=["end_entropy"], progress=False)
+        finally:
+            del engine.lacks
+        assert "end_entropy" not in read_meta(tmp_path / "x.jsonl")["signals"]
+
+    def test_the_form_that_a_question_says_is_that_of_its_answer(self, engine, tmp_path):
+        free = ChatEarlyExit(engine=engine, **{**HOW, "answer_form": "auto"})
+        for form in ("boxed", "text"):
+            asked = [Question(f"q{i}", f"How many {i}?", None, form, "mine") for i in range(2)]
+            collect(free, asked, tmp_path / f"{form}.jsonl", depths=(), progress=False)
+            assert read_meta(tmp_path / f"{form}.jsonl")["form"] == form
+        mixed = [Question("a", "How?", None, "boxed", "mine"), Question("b", "Why?", None, "text", "mine")]
+        summary = collect(free, mixed, tmp_path / "mixed.jsonl", depths=(), progress=False)
+        assert "its answer form is text, but that of this collection is boxed" in summary.refused["b"]
 
     def test_two_questions_with_one_id(self, llm, tmp_path):
         with pytest.raises(ValueError, match="two questions have the id 'q0'"):

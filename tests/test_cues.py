@@ -65,22 +65,6 @@ def test_a_cue_fires_when_its_right_edge_comes_and_cuts_before_itself():
     assert matcher.push(0, ",") == Hit(1, "wait", "reflection")
 
 
-def test_a_cue_at_the_end_of_thinking_does_not_fire_and_nothing_does_after_it():
-    matcher = CueMatcher(CueSpec(WORDS), REFLECTION)
-    assert feed(matcher, ["5", " Wait"]) == []
-    matcher.end()
-    assert matcher.held == 0
-    with pytest.raises(RuntimeError, match="thinking is over"):
-        matcher.push(0, " Wait,")
-
-
-def test_a_hit_not_yet_returned_is_forgotten_at_the_end_of_thinking():
-    matcher = CueMatcher(CueSpec(WORDS, interval=2), frozenset({"reflection", "interval"}))
-    assert feed(matcher, ["5", " Wait"]) == []  # interval 2 is found, but "wait" may yet come before it
-    matcher.end()
-    assert matcher.held == 0
-
-
 def test_a_cue_with_nothing_before_it_is_no_check():
     assert hits(["Wait", ", no. ", "Wait", ","]) == [Hit(2, "wait", "reflection")]
 

@@ -9,10 +9,10 @@ import pytest
 from langchain_earlyexit.lab.evaluate import evaluate
 from langchain_earlyexit.lab.judge import Judge
 from langchain_earlyexit.lab.live import Live
-from langchain_earlyexit.lab.outcomes import Closing, Outcome, read_outcomes, replayed
+from langchain_earlyexit.lab.outcomes import Closing, Outcome, ended, read_outcomes, replayed
 from langchain_earlyexit.lab.replays import Collection, agreement, choose, curve, oracle, oracle_curve, reliability
 from langchain_earlyexit.lab.table import Evaluation, Table
-from langchain_earlyexit.policies import DEER, LYNX, CoDEStop, Never, ProbeThenTrial, ThinkBrake
+from langchain_earlyexit.policies import DEER, LYNX, CoDEStop, FirstOf, Never, ProbeThenTrial, ThinkBrake
 from langchain_earlyexit.trace import Check, Trace
 
 CUES = json.dumps({"words": ["wait"], "min_gap": 8})
@@ -22,7 +22,11 @@ META = {
     "kinds": ["reflection"],
     "signals": ["trial_confidence", "p_safe"],
     "closing": {"full": 7, "bare": 2},
-    "binds": {"cues": CUES, "sampling": json.dumps({"temperature": 0.6, "top_k": None})},
+    "binds": {
+        "engine": "transformers/packed",
+        "cues": CUES,
+        "sampling": json.dumps({"temperature": 0.6, "top_k": None}),
+    },
 }
 
 
@@ -88,6 +92,21 @@ class TestReplay:
         trace = question("both", both, answer="7", gold="7")
         trace = Trace.from_dict({**trace.to_dict(), "trial_tokens": [13]})
         assert replayed(DEER(0.95), trace, 0, Closing(7, 2)).trial_tokens == 10
+
+    def test_a_margin_that_a_server_draws_aside_is_a_token_of_who_reads_it_and_of_nobody_else(self):
+        aside = Closing(7, 2, margin=1)
+        told = Check(20, "wait", {"trial_confidence": 0.99, "end_margin": 0.1}, exit_answer="7", kind="sentence")
+        trace = question("margin", told, answer="7", gold="7")
+        trace = Trace.from_dict({**trace.to_dict(), "trial_tokens": [11]})
+        assert replayed(ThinkBrake(0.2), trace, 0, aside).trial_tokens == 1
+        looks = frozenset({"sentence"})
+        assert replayed(DEER(0.95, looks=looks), trace, 0, aside).trial_tokens == 10
+        assert replayed(FirstOf(DEER(0.95, looks=looks), ThinkBrake(0.2)), trace, 0, aside).trial_tokens == 11
+
+    def test_a_natural_end_before_a_call_that_is_fed_is_not_one_that_was_dropped(self):
+        fed = replace(EASY, forced_tokens=3)
+        assert ended(fed, Closing(7, 2)).speculated_tokens == 0
+        assert ended(replace(EASY, forced_tokens=7), Closing(7, 2)).speculated_tokens == 1
 
     def test_traces_that_do_not_count_are_refused(self):
         bare = Trace(EASY.checks, question_id="bare", answer="7", reason="natural")
@@ -266,6 +285,18 @@ class TestEvaluation:
         assert [c.name for c in found.curves] == ["fixed budgets", "oracle", "DEER"]
         assert [p.label for p in found.curves[0].points] == ["no thinking", "budget of 60", "full thinking"]
         assert found.rows[2].seconds == 50
+
+    def test_only_runs_that_are_cut_and_nothing_else_are_the_curve_of_budgets(self):
+        test = collection(*ALL)
+        half = tuple(Outcome(t.question_id, t.gold, t.gold, "budget", 60, 7, 5) for t in ALL)
+        names = {"budget of 60": 60, "DEER(threshold=0.95), budget of 60": 60, "budget of -1": -1}
+        found = evaluate(test, {}, [Live(name, "", budget, half, 50.0) for name, budget in names.items()])
+        assert [point.label for point in found.curves[0].points] == ["budget of 60", "full thinking"]
+
+    def test_of_a_server_s_collection_says_what_replays_cannot_know(self):
+        on_vllm = {**META["binds"], "engine": "vllm"}
+        assert "on servers live runs take a little more" in evaluate(collection(*ALL, binds=on_vllm), {}).remarks[0]
+        assert not evaluate(collection(*ALL), {}).remarks
 
     def test_it_survives_its_file(self, tmp_path):
         found = self.found()

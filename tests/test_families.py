@@ -112,6 +112,9 @@ class TestTheTable:
         assert len(cells) == 20
         assert all(0.9 <= cell <= 90.7 for cell in cells)
 
+    def test_none_but_the_bundled_model_boxes_what_does_not_ask_for_a_box(self):
+        assert [row.name for row in FAMILIES if row.habit == "boxed"] == ["pocket"]
+
     def test_every_boxed_inducer_ends_in_an_open_box(self):
         assert all(family.boxed_inducer.endswith("\\boxed{") for family in (*FAMILIES, UNKNOWN))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from agents_for_tests import chatterer, talker
+from agents_for_tests import chatterer, promising, talker
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import ConfigurableField
@@ -19,7 +19,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 from typing_extensions import TypedDict
 
-from langchain_earlyexit import DEER, ChatEarlyExit
+from langchain_earlyexit import DEER
 from langchain_earlyexit.graph import (
     Ledger,
     ReasoningState,
@@ -166,24 +166,9 @@ class TestTheNode:
             build(talker(chatterer(9)))
 
 
-class Promising(ChatEarlyExit):
-    """Takes `confidence` as a calibrated model would, and only notes it."""
-
-    def call_settings(self, **kwargs):
-        return super().call_settings(**{**kwargs, "confidence": None})
-
-    def _start(self, messages, stop, kwargs):
-        self.metadata["asked"].append({key: kwargs.get(key) for key in ("confidence", "exit_policy")})
-        return super()._start(messages, stop, {**kwargs, "confidence": None})
-
-
-def promising():
-    return Promising(engine=talker(chatterer(9)).engine, seed=1, metadata={"asked": []})
-
-
 class TestRisk:
     def test_is_passed_on_as_confidence_and_a_step_without_any_is_never_cut(self, run):
-        model = promising()
+        model = promising(chatterer(9))
         builder = StateGraph(ReasoningState)
         names = ("think", "think again", "send", "unplanned")
         for name in names:
@@ -204,7 +189,7 @@ class TestRisk:
         assert [spend["epsilon"] for spend in entries(done)] == [0.04, 0.04, 0, 0]
 
     def test_a_second_try_is_not_cut_its_step_s_risk_is_spent(self, run):
-        model = promising()
+        model = promising(chatterer(9))
         builder = StateGraph(ReasoningState)
         builder.add_node("think", reasoning_node(model, most=3))
         builder.add_edge(START, "think")
@@ -216,7 +201,7 @@ class TestRisk:
     def test_is_not_taken_twice_by_nodes_that_run_at_once(self, run):
         builder = StateGraph(ReasoningState)
         for name in "abc":
-            builder.add_node(name, reasoning_node(promising(), name=name))
+            builder.add_node(name, reasoning_node(promising(chatterer(9)), name=name))
             builder.add_edge(START, name)
         graph = builder.compile()
         with pytest.raises(ValueError, match=r"runs at once with .*spread_risk"):
@@ -224,6 +209,21 @@ class TestRisk:
         shares = {"a": 0.03, "b": 0.03, "c": 0.04}
         done = run(graph, {**ASKED, "risk": {"epsilon": 0.1, "shares": shares}})
         assert {spend["step"]: spend["epsilon"] for spend in entries(done)} == shares
+
+    def test_an_effort_s_confidence_outlives_a_cap_that_is_tighter_and_the_effort_one_that_is_looser(self, run):
+        model = promising(chatterer(9), reasoning_effort="low")
+        for most, told in ((4000, None), (5, 0.9)):
+            run(one_node(model, most=most), ASKED)
+            assert model.metadata["asked"][-1] == {"confidence": told, "exit_policy": None}
+        assert model.call_settings(**model.capped(4000)).reasoning_effort == "low"
+        assert model.call_settings(**model.capped(5)).budget == 5
+
+    def test_that_nothing_is_certified_for_is_no_cut(self, run):
+        model = promising(chatterer(9), strictest=0.02)
+        for epsilon, told in ((0.02, None), (0.01, "never"), (1e-18, "never")):
+            done = run(one_node(model), {**ASKED, "risk": {"epsilon": epsilon, "shares": {"think": epsilon}}})
+            assert model.metadata["asked"][-1]["exit_policy"] == told
+            assert entries(done)[0]["epsilon"] == (epsilon if told is None else 0)
 
     def test_with_a_model_that_has_no_calibration_is_an_error_that_says_so(self, run):
         given = {**ASKED, "risk": {"epsilon": 0.1, "shares": {"think": 0.1}}}

@@ -117,11 +117,13 @@ class TestAThinkingBudget:
 
     def test_of_this_package_s_model_stands_over_an_effort_and_under_its_own_cap(self):
         model = talker(chatterer(9), thinking_budget=50)
-        assert settings(model, 70) == {"thinking_budget": 50, "reasoning_effort": None}
-        assert settings(model, 70, reasoning_budget=20, seed=3) == {
-            "seed": 3, "thinking_budget": 20, "reasoning_effort": None,
+        assert settings(model, 70) == {}, "its own is tighter"
+        assert turn(model, 70, {}).cap == 50
+        assert settings(model, 70, reasoning_budget=20, seed=3) == {"reasoning_budget": 20, "seed": 3}
+        assert settings(model, 10, reasoning_budget=20, seed=3) == {
+            "seed": 3, "thinking_budget": 10, "reasoning_effort": None,
         }  # fmt: skip
-        assert settings(model, 70, reasoning_effort="minimal")["thinking_budget"] == 70
+        assert settings(model, 70, reasoning_effort="minimal") == {"thinking_budget": 70, "reasoning_effort": None}
 
 
 class TestOllama:

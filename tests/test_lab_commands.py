@@ -1,6 +1,8 @@
 """The lab's commands, from traces on disk to a certified artifact and a report. Only a made-up model runs here."""
 
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from transformers import AutoTokenizer
 from langchain_earlyexit.cli import main
 from langchain_earlyexit.guarantee import Calibration
 from langchain_earlyexit.lab.commands import policy
+from langchain_earlyexit.lab.lines import note_planned
+from langchain_earlyexit.lab.table import Evaluation
 from langchain_earlyexit.pocket import weights_dir
-from langchain_earlyexit.policies import DEER, CoDEStop, FirstOf, Never, ThinkBrake
+from langchain_earlyexit.policies import DEER, LYNX, CoDEStop, FirstOf, Never, ThinkBrake
 from langchain_earlyexit.trace import Check, Trace
 
 META = {
@@ -125,6 +129,23 @@ def test_from_traces_to_a_report(capsys, tmp_path):
     }
 
 
+def test_a_policy_without_a_path_is_replayed_as_it_is_and_two_of_one_path_are_one_curve(capsys, tmp_path):
+    test, out = collected(tmp_path / "test.jsonl", 40, 1), tmp_path / "found.json"
+    steep = "CoDEStop(r_min=1, r_max=1)"
+    assert main(["evaluate", test, "--policy", steep, "deer", "DEER(threshold=0.9)", "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "replayed as it is, for it has no path" in told.err
+    assert "| CoDEStop(r_min=1" in told.out
+    assert [one.name for one in Evaluation.load(out).curves if one.role == "policy"] == ["DEER"]
+
+
+def test_what_is_not_finished_is_not_evaluated(capsys, tmp_path):
+    test = collected(tmp_path / "test.jsonl", 40, 1)
+    note_planned(Path(test), ["one more"])
+    assert main(["evaluate", test, "--policy", "deer", "--out", str(tmp_path / "found.json")]) == 2
+    assert "is not finished" in capsys.readouterr().err
+
+
 def test_calibrate_writes_an_artifact_and_says_what_it_certifies(capsys, tmp_path):
     traces, out = collected(tmp_path / "traces.jsonl", 400, 3), tmp_path / "new" / "deer.json"
     line = ["calibrate", traces, "--policy", "deer", "--epsilon", "0.05", "0.1", "--delta", "0.1", "--out", str(out)]
@@ -163,6 +184,7 @@ class TestPoliciesAsTyped:
             ThinkBrake(0.5, looks={"sentence", "paragraph"}),
             FirstOf(DEER(0.97), CoDEStop()),
             Never(),
+            LYNX(q_safe=0.1, q_unsafe=math.inf),
         ],
     )
     def test_what_a_policy_prints_is_read_back(self, meant):

@@ -176,6 +176,16 @@ class TestRuns:
         assert read_live(out) == again
         assert json.loads(out.with_suffix(".meta.json").read_text())["timed"] == len(QUESTIONS)
 
+    def test_a_question_without_room_is_left_out(self, tmp_path, capsys):
+        engine = babbler()
+        narrow = ChatEarlyExit(engine=engine, **{**HOW, "max_tokens": None})
+        narrow.load()
+        engine.context_length = 400
+        run = answer(narrow, [Asked("long", "why " * 300), *QUESTIONS[:2]], capped(20), tmp_path / "run.jsonl")
+        engine.close()
+        assert {outcome.question_id for outcome in run.outcomes} == {"q0", "q1"}
+        assert "long is left out: the prompt has" in capsys.readouterr().err
+
     def test_a_file_of_another_arm_or_seed_is_refused(self, llm, tmp_path):
         out = tmp_path / "run.jsonl"
         answer(llm, QUESTIONS[:1], capped(40), out, seed=3, progress=False)

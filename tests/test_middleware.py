@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 import pytest
-from agents_for_tests import chatterer, talker
+from agents_for_tests import chatterer, promising, talker
 from blockbuster import blockbuster_ctx
 from fleet_for_tests import AnthropicLike, Noting, OpenAILike, usage
 from hypothesis import given, settings
@@ -26,7 +26,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.types import Send
 from pydantic import BaseModel
 
-from langchain_earlyexit import ChatEarlyExit, init_chat_model
+from langchain_earlyexit import init_chat_model
 from langchain_earlyexit.graph import ReasoningState, branches, create_budgeted_agent, reasoning_node, run_guarantee
 from langchain_earlyexit.middleware import (
     ReasoningBudgetExceededError,
@@ -357,26 +357,12 @@ class TestSpendIsNeitherLostNorCountedTwice:
         assert of_steps(agent.get_state(on_thread()).values, "thinking") == [THOUGHT] * 3
 
 
-class Promising(ChatEarlyExit):
-    """Takes `confidence` as a calibrated model would, and only notes it."""
-
-    def call_settings(self, **kwargs):
-        return super().call_settings(**{**kwargs, "confidence": None})
-
-    def _start(self, messages, stop, kwargs):
-        self.metadata["asked"].append(kwargs.get("confidence", kwargs.get("exit_policy")))
-        return super()._start(messages, stop, {**kwargs, "confidence": None})
-
-
-def promising():
-    return Promising(engine=chat().engine, seed=1, metadata={"asked": []})
-
-
 class TestConfidence:
     def asked(self, run, given=ASK, tools=(add, double), context=None, **limits):
-        model = promising()
+        model = promising(workman)
         done = run(create_budgeted_agent(model, tools, **limits), given, context=context)
-        return [one if one is None else round(one, 9) for one in model.metadata["asked"]], of_steps(done, "epsilon")
+        levels = [one["confidence"] for one in model.metadata["asked"]]
+        return [one if one is None else round(one, 9) for one in levels], of_steps(done, "epsilon")
 
     def test_is_asked_for_by_kind_and_a_kind_without_is_never_cut(self, run):
         levels, risks = self.asked(run, confidence={"routine": 0.96}, budget=300)
@@ -433,12 +419,25 @@ class TestConfidence:
         assert set(of_steps(state, "cap")) == {25}, "its own cap is the tighter one"
 
     def test_of_a_node_s_share_is_for_all_calls_of_its_agent_together(self, run):
-        model = promising()
+        model = promising(workman)
         builder = StateGraph(ReasoningState)
         builder.add_node("work", create_budgeted_agent(model, [add, double]))
         builder.add_edge(START, "work")
         done = run(builder.compile(), {**ASK, "risk": {"epsilon": 0.1, "shares": {"work": 0.06, "tell": 0.04}}})
         assert of_steps(done, "epsilon") == pytest.approx([0.03, 0.01, 0.005])
+
+    def test_that_nothing_is_certified_for_is_an_error_when_built_and_when_it_runs_no_cut(self, run):
+        model = promising(workman, strictest=0.02)
+        with pytest.raises(ValueError, match=r"confidence=0\.99 is stricter than all that"):
+            create_budgeted_agent(model, [add], confidence={"routine": 0.99})
+        done = run(create_budgeted_agent(model, [add, double]), {**ASK, "risk": {"epsilon": 0.06}})
+        assert of_steps(done, "epsilon") == pytest.approx([0.03, 0, 0]), "of .03, .01, .005"
+        assert [one["exit_policy"] for one in model.metadata["asked"]] == [None, "never", "never"]
+
+    def test_an_effort_s_confidence_outlives_a_cap_that_is_tighter(self, run):
+        model = promising(workman, reasoning_effort="medium")
+        run(create_budgeted_agent(model, [add, double], budget=300), ASK)
+        assert {one["confidence"] for one in model.metadata["asked"]} == {0.95}
 
     def test_without_any_the_model_s_own_policy_decides(self, run):
         agent = create_budgeted_agent(chat(exit_policy="deer"), [add, double], budget=300)

@@ -27,9 +27,6 @@ class Shelf:
             self.written[table.pages[i // PAGE]][i % PAGE] = token
         table.length += len(ids)
 
-    def compact(self):
-        self.written = {new: self.written[old] for new, old in enumerate(self.book.compact())}
-
     def fill(self):
         self.book.fill(lambda moves: self.written.update({new: list(self.written[old]) for old, new in moves}))
 
@@ -37,7 +34,7 @@ class Shelf:
         return [self.written[table.pages[i // PAGE]][i % PAGE] for i in range(table.length)]
 
 
-ACTIONS = ["new", "append", "append", "append", "fork", "rewind", "drop", "compact", "fill", "remember", "adopt"]
+ACTIONS = ["new", "append", "append", "append", "fork", "rewind", "drop", "fill", "remember", "adopt"]
 
 
 @pytest.mark.parametrize("remembered", [0, 12])
@@ -58,8 +55,8 @@ def test_whatever_is_appended_forked_rewound_and_dropped_every_table_reads_its_o
             ids.extend(new)
         elif action == "drop":
             held.pop(rng.randrange(len(held)))
-        elif action in {"compact", "fill"}:
-            getattr(shelf, action)()
+        elif action == "fill":
+            shelf.fill()
             assert shelf.book.size == shelf.book.used
             assert not shelf.book.gaps
         elif action == "remember":
@@ -84,7 +81,8 @@ def test_whatever_is_appended_forked_rewound_and_dropped_every_table_reads_its_o
     held.clear()
     gc.collect()
     assert shelf.book.used == shelf.book.known
-    assert bool(shelf.book.compact()) == bool(remembered)
+    shelf.fill()
+    assert bool(shelf.book.size) == bool(remembered)
 
 
 def test_a_move_that_fails_leaves_every_page_its_number():
@@ -133,7 +131,7 @@ def test_a_known_beginning_is_shared_page_by_page_and_the_least_used_one_is_forg
     shelf.append(table, prompts[2])
     shelf.book.remember(table, prompts[2])
     assert shelf.book.adopt(shelf.book.new(), prompts[0]) == 2 * PAGE
-    shelf.compact()
+    shelf.fill()
     again = shelf.book.new()
     assert shelf.book.adopt(again, prompts[0]) == 2 * PAGE
     assert shelf.read(again) == prompts[0][: 2 * PAGE]
@@ -166,23 +164,3 @@ def test_a_table_that_goes_in_another_thread_frees_its_pages():
     thread.start()
     thread.join()
     assert shelf.book.used == 0
-
-
-def test_a_table_s_pages_lie_side_by_side_once_the_book_is_compact():
-    shelf = Shelf()
-    tables = [shelf.book.new() for _ in range(9)]
-    for i in range(5):
-        for table in tables:
-            shelf.append(table, [i] * PAGE)
-    assert not shelf.book.gaps
-    del tables[1:8], table
-    assert shelf.book.gaps
-    shelf.compact()
-    assert [table.pages for table in tables] == [list(range(5)), list(range(5, 10))] or tables[0].pages == [
-        5,
-        6,
-        7,
-        8,
-        9,
-    ]
-    assert all(shelf.read(table) == [i for i in range(5) for _ in range(PAGE)] for table in tables)

@@ -5,15 +5,15 @@ import itertools
 import re
 
 import pytest
-from agents_for_tests import PLAN, PROBLEM, arithmetician, chatterer, talker
+from agents_for_tests import PLAN, PROBLEM, arithmetician, chatterer, promising, talker
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command
-from test_graph import Promising
 
+from langchain_earlyexit import ChatEarlyExit
 from langchain_earlyexit.graph import (
     ReasoningState,
     create_budgeted_agent,
@@ -22,7 +22,7 @@ from langchain_earlyexit.graph import (
     create_self_consistency,
     reasoning_node,
 )
-from langchain_earlyexit.plan_and_solve import compose_results, parse_numbered_plan
+from langchain_earlyexit.plan_and_solve import STEP_REQUEST, compose_results, parse_numbered_plan
 from langchain_earlyexit.pocket.plans import PLANNER_PROMPT, compose_request, plan_text, sample_plans, step_questions
 from langchain_earlyexit.self_consistency import answer_in, still_needed
 
@@ -295,11 +295,49 @@ class TestWithinOtherGraphs:
         assert answer["cap"] == 100 - sum(spend["thinking"] for spend in solved)
 
     def test_that_solves_a_plan_s_steps_shares_out_their_risk(self, run):
-        model = Promising(engine=talker(arithmetician).engine, seed=1, metadata={"asked": []})
+        model = promising(arithmetician)
         graph = create_plan_and_solve(model, solver=create_self_consistency(model, 3, seed=1), epsilon=0.1)
         taken = [spend["epsilon"] for spend in entries(run(graph, {"messages": [("user", PROBLEM)]}))]
         assert all(epsilon > 0 for epsilon in taken)
         assert sum(taken) <= 0.1
+
+    def test_with_less_risk_for_a_step_than_anything_is_certified_for_is_refused_when_built(self):
+        model = promising(arithmetician, strictest=0.01)
+        with pytest.raises(
+            ValueError, match=r"epsilon=0\.05 is 0\.005 for one of 10 steps, but the strictest .* is 0\.01"
+        ):
+            create_plan_and_solve(model, epsilon=0.05)
+
+
+class TestWithAModelOfAnotherFamily:
+    def test_the_planner_is_told_all_it_must_know_and_a_step_to_give_its_result_alone(self, run):
+        seen = []
+
+        def says(turns):
+            seen.append(turns)
+            if turns[0][0] == "system":
+                return "A plan.\n", "1. What is 3 * 4?\n2. What is #01 + 4?"
+            return "So.\n", r"The final answer is \boxed{12}."
+
+        model = ChatEarlyExit(model="Qwen/Qwen3-4B", engine=talker(says).engine, seed=1)
+        done = run(create_plan_and_solve(model, max_steps=5), {"messages": [("user", PROBLEM)]})
+        assert done["plan"] == ["What is 3 * 4?", "What is #01 + 4?"]
+        assert "at most 5 numbered steps" in seen[0][0][1]
+        assert "Write #k for the result" in seen[0][0][1]
+        assert [turns[-1][1] for turns in seen[1:3]] == [
+            f"What is {step}?{STEP_REQUEST}" for step in ("3 * 4", "12 + 4")
+        ]
+
+    def test_a_prompt_of_one_s_own_stands(self, run):
+        seen = []
+
+        def says(turns):
+            seen.append(turns[0])
+            return "So.\n", "1. Go on"
+
+        model = ChatEarlyExit(model="Qwen/Qwen3-4B", engine=talker(says).engine, seed=1)
+        run(create_plan_and_solve(model, planner_prompt="Plan it."), {"messages": [("user", PROBLEM)]})
+        assert seen[0] == ("system", "Plan it.")
 
 
 class TestStillNeeded:

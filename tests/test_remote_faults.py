@@ -1,5 +1,6 @@
 """A server that fails, comes back, is slow, or is one of several: nothing is lost, nothing counted twice."""
 
+import asyncio
 import gc
 import socket
 import threading
@@ -10,10 +11,11 @@ from engines_for_tests import SEEDED, hashed, settle, talk
 from remote_for_tests import FakeServer
 
 from langchain_earlyexit import DEER, ChatEarlyExit
+from langchain_earlyexit.engines.fleet import Fleet
 from langchain_earlyexit.engines.function import FunctionEngine, byte_tokenizer, scripted
 from langchain_earlyexit.engines.lines import CHUNK
 from langchain_earlyexit.engines.vllm import VLLMEngine
-from langchain_earlyexit.engines.wire import Patience
+from langchain_earlyexit.engines.wire import Circuit, Fault, Patience, Server, _event
 from langchain_earlyexit.sampling import GREEDY
 
 QUICK = Patience(retries=3, first=0.01, longest=0.05, rest=0.05)
@@ -235,6 +237,87 @@ def test_a_request_whose_server_dies_goes_on_at_another(fleet):
     settle(lambda: all(server.load == 0 for server in engine._fleet.servers))
     victim.start()
     engine.close()
+
+
+async def moving(servers, well=(), after=None):
+    """A request that asks a seat's server again and again: what came of it, whom it asked, and how long it took."""
+    patience = Patience(first=0.05, longest=0.1)
+    known = [Server(f"http://s{i}", Circuit(patience)) for i in range(servers)]
+    seat, asked = Fleet(known).seat(range(9)), []
+
+    async def request():
+        server = seat.server
+        asked.append(seat._order.index(server))
+        if asked[-1] in well:
+            return "answered"
+        server.circuit.broke()
+        fault = Fault(f"{server.url} failed", after=after)
+        seat.move(server, fault)
+        raise fault
+
+    start = time.monotonic()
+    try:
+        found = await patience.retrying()(request)
+    except Fault as error:
+        found = str(error)
+    return found, asked, time.monotonic() - start
+
+
+def test_servers_that_are_well_are_asked_however_many_are_not():
+    found, asked, took = asyncio.run(moving(5, well=(3, 4)))
+    assert (found, asked) == ("answered", [0, 1, 2, 3])
+    assert took < 0.05
+
+
+def test_where_all_fail_there_is_a_wait_before_each_round():
+    found, asked, took = asyncio.run(moving(3))
+    assert "failed" in found
+    assert len(asked) == 9, "three rounds, two of them after a wait"
+    assert sorted(asked[:3]) == sorted(asked[3:6]) == [0, 1, 2]
+    assert took > 0.05
+    found, asked, took = asyncio.run(moving(2, after=0.2))
+    assert len(asked) == 6
+    assert took > 0.4, "as long as they ask for"
+
+
+def test_a_server_that_opens_its_streams_and_says_nothing_is_left_alone_too(server):
+    engine = connect(server, patience=Patience(retries=0, silence=0.2, failures=2, rest=5))
+    list(engine.submit(talk(1)))
+    server.deaf = True
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="ReadTimeout"):
+            list(engine.submit(talk(3)))
+    with pytest.raises(ConnectionError, match="failed 2 times in a row"):
+        list(engine.submit(talk(3)))
+    engine.close()
+
+
+def test_an_error_amid_a_stream_may_pass_whatever_code_it_has():
+    server = Server("http://s", Circuit(Patience()))
+    with pytest.raises(Fault, match="http://s failed: EngineCore died"):
+        _event(server, b'{"error": {"code": 400, "message": "EngineCore died"}}')
+    assert server.circuit.failed == 1
+
+
+def test_programs_that_wait_to_meet_a_server_fail_with_the_first_not_one_after_another():
+    async def met():
+        engine = VLLMEngine.__new__(VLLMEngine)
+        engine._known, server, asked = {}, Server("http://s", Circuit(Patience())), []
+
+        async def introduced(server):
+            asked.append(server)
+            await asyncio.sleep(0.05)
+            server.circuit.broke()
+            raise Fault("ConnectTimeout")
+
+        engine._introduced = introduced
+        told = await asyncio.gather(*(engine._meet(server) for _ in range(10)), return_exceptions=True)
+        return asked, told
+
+    asked, told = asyncio.run(met())
+    assert len(asked) == 1
+    assert all(isinstance(error, Fault) for error in told)
+    assert len({id(error) for error in told}) == 10
 
 
 def test_one_server_that_answers_is_enough_to_begin(fleet):

@@ -324,6 +324,28 @@ def test_many_requests_with_cancels_leave_nothing_behind(monkeypatch):
     engine.close()
 
 
+def test_beginnings_that_are_kept_outlive_the_memory_that_is_given_back_when_idle(monkeypatch):
+    monkeypatch.setattr("langchain_earlyexit.engines.scheduler._IDLE_SECONDS", 0.05)
+    engine = engine_of(pages=400, reuse=True)
+    model, trims = engine._model, []
+    inner = model.trim
+    monkeypatch.setattr(model, "trim", lambda: (inner(), trims.append(model._memory.capacity)))
+    prompts = [tuple(range(5 + i, 5 + i + 140)) for i in range(3)]
+    first = [[], [], []]
+    list(engine.submit(talk(1, tuple(range(5, 255)) * 30)))  # long: the pages of what follows lie behind its own
+    running = [engine.submit(talk(6, prompt, out=out)) for prompt, out in zip(prompts, first, strict=True)]
+    [list(stream) for stream in running]
+    settle(lambda: engine._thread is None)
+    assert trims[-1] < 400, "given back, and without an error"
+    known = model.remembered_pages
+    assert known > 0
+    second = [[], [], []]
+    for prompt, out in zip(prompts, second, strict=True):
+        list(engine.submit(talk(6, prompt, out=out)))
+    assert second == first
+    engine.close()
+
+
 def test_a_row_that_the_model_fails_on_takes_down_its_own_request_only():
     gate = threading.Event()
 
@@ -394,6 +416,37 @@ def test_a_branch_that_cannot_be_sampled_from_takes_down_its_own_request_only(fe
     list(company)
     assert len(said) == 20
     engine.close()
+
+
+def test_a_pass_that_fails_at_its_very_end_leaves_no_trace(monkeypatch):
+    engine = engine_of()
+    expected, found = [], []
+    prompt = tuple(range(5, 45))
+
+    def program(out):
+        yield Step((Open(0, prompt, layers=(1,)),))
+        for step in range(12):
+            inbox = yield Step((Sample(0, SEEDED), Hidden(0, len(prompt) - 1 + step)))
+            out.append((inbox.results[0].id, inbox.results[1]))
+
+    list(engine.submit(program(expected)))
+    keep, failed = engine._model._taps.keep, []
+
+    def out_of_memory(rows, seen):
+        if len(rows) > 1 and len(failed) < 3:
+            failed.append(len(rows))
+            raise RuntimeError("out of memory")
+        keep(rows, seen)
+
+    monkeypatch.setattr(engine._model._taps, "keep", out_of_memory)
+    company = engine.submit(program([]))
+    list(engine.submit(program(found)))
+    list(company)
+    engine.close()
+    assert failed == [2, 2, 2], "and the rows were tried again by themselves"
+    for (token, states), (right, theirs) in zip(found, expected, strict=True):
+        assert token == right
+        assert np.allclose(states, theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [PackedModel, SeparateModel])

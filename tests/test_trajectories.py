@@ -15,7 +15,7 @@ from test_lynx import some_probe
 
 from langchain_earlyexit import DEER, LYNX, AnswerConvergence, ChatEarlyExit, Check, Never, Trace
 from langchain_earlyexit.graph import ReasoningState, create_plan_and_solve, reasoning_node
-from langchain_earlyexit.lab.collect import read_meta, read_traces, seed_of
+from langchain_earlyexit.lab.collect import read_meta, read_traces, seed_of, subjects
 from langchain_earlyexit.lab.node_rules import CertifiedRule, Runs, certify_rule, rule_path
 from langchain_earlyexit.lab.rule_choice import bolder_and_bolder, cheapest, judge_rules
 from langchain_earlyexit.lab.trajectories import CallTrace, Trajectory, collect_runs, graph_maker, node_path, read_runs
@@ -239,11 +239,18 @@ class TestCertifying:
         with pytest.raises(ValueError, match="never leaves"):
             certify_rule(simulated([(0.9, True)] * 50), [{"step": DEER(0.5)}], 0.1)
 
+    def test_a_probe_of_a_later_step_knows_the_runs_it_learned_from(self, collected):
+        assert set(subjects(node_path(collected, "step")).values()) == {question.question for question in QUESTIONS}
+
     def test_runs_on_questions_that_the_probe_has_learned_from_are_refused(self):
         runs = simulated([(0.9, True)] * 50)
         meta = {**runs.metas["step"], "signals": ["p_safe"], "learned": [mark("?")]}
         with pytest.raises(ValueError, match="has learned from 1 of these questions"):
             certify_rule(replace(runs, metas={"step": meta}), rule_path({"step": LYNX()}), 0.1)
+
+    def test_a_node_that_no_run_comes_to_is_named(self):
+        with pytest.raises(ValueError, match="names the node 'solve', but the runs have step"):
+            certify_rule(simulated([(0.9, True)] * 50), rule_path({"solve": DEER()}), 0.1)
 
     def test_a_rule_s_policy_is_handed_out_for_the_model_it_was_certified_on_and_no_other(self, collected, llm):
         binds = {"step": read_meta(node_path(collected, "step"))["binds"]}

@@ -298,6 +298,8 @@ class _Plan:
             offset += len(asked)
         places = np.zeros((rows, heads, most), dtype=np.int64)
         places[row, :, slot] = place
+        # A slot that a row does not have stands for its own first page: hidden, but no other row's odd numbers come in.
+        places = np.where(inside[:, None], places, places[:, :, :1])
         back = np.zeros(offset, dtype=np.int64)
         back[place] = (row[:, None] * heads + head) * most + slot[:, None]
         summed = places[np.broadcast_to(inside[:, None], places.shape)]

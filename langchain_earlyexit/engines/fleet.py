@@ -59,6 +59,7 @@ class Seat:
 
     def __init__(self, server: Server, order: Sequence[Server]) -> None:
         self._order = order
+        self._failed: set[Server] = set()  # since a token of theirs, or since nobody was left to ask
         self.server = server
         server.load += 1
 
@@ -67,12 +68,20 @@ class Seat:
         if self.server is not failed:  # another branch of the request has already moved it
             fault.moved = True
             return
+        self._failed.add(failed)
         at = self._order.index(failed)
-        others = chain(self._order[at + 1 :], self._order[:at])
-        found = next((server for server in others if not server.circuit.rest and not server.circuit.failed), None)
-        if found is not None:
+        others = [one for one in chain(self._order[at + 1 :], self._order[:at]) if one not in self._failed]
+        usable = [one for one in others if not one.circuit.rest]
+        found = min(usable, key=lambda one: one.circuit.failed, default=None)  # the first of those that failed least
+        if found is None:
+            self._failed.clear()
+        else:
             self._sit(found)
             fault.moved = True
+
+    def worked(self, server: Server) -> None:
+        """A token has come from `server`."""
+        self._failed.discard(server)
 
     def leave(self) -> None:
         self.server.load -= 1

@@ -165,7 +165,7 @@ class Line:
             async with aclosing(source.wire.events(server, dialect.path, dialect.body(asked))) as events:
                 async for data in events:
                     piece = dialect.read(data, asked, len(self._ids) - start)
-                    self._take(piece.tokens)
+                    self._take(piece.tokens, server)
                     end = piece.end or end
             if end not in ("stop", "length"):
                 raise Fault(f"{server.url}: the stream ended before the turn did {end and f'({end})'}")
@@ -182,8 +182,9 @@ class Line:
             )
         return end
 
-    def _take(self, tokens: Sequence[Token]) -> None:
+    def _take(self, tokens: Sequence[Token], server: Server) -> None:
         self._ids.extend(token.id for token in tokens)
         self._ready.extend(tokens)
         if tokens:
+            self._source.seat.worked(server)
             self._arrived.set()

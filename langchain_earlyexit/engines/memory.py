@@ -44,6 +44,16 @@ class Memory:
         if self.page_bytes:
             ahead = max(ahead, _AHEAD // self.page_bytes)
         capacity = max(top, ahead if most is None else min(most, ahead))
+        try:
+            self._grow(capacity)
+        except (RuntimeError, MemoryError):
+            if capacity == top:
+                raise
+            capacity = 0
+        if not capacity:  # there is no room for more than what is needed now; out here the failed tensors are gone
+            self._grow(top)
+
+    def _grow(self, capacity: int) -> None:
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 if old is not None and len(old) < capacity:  # a layer may have grown before another failed to
@@ -79,19 +89,17 @@ class Memory:
                 if held is not None:
                     held[target] = held[source]
 
-    def spare(self, capacity: int) -> list[Tensor | None]:
-        """Tensors for `move`. To make them is what can fail."""
-        return [None if old is None else old.new_empty(capacity, *old.shape[1:]) for old in (*self.keys, *self.values)]
-
-    def move(self, kept: Sequence[int], spare: list[Tensor | None], capacity: int) -> None:
-        """Hold the pages `kept`, in this order, in tensors for `capacity` of them, and nothing else."""
-        order = torch.tensor(kept, dtype=torch.int64, device=self._device)
+    def shrink(self, used: int) -> None:
+        """Hold the first `used` pages and room for half as many more; where that fails, everything is as it was."""
+        capacity = used + used // 2
+        # All are made before any is written: that is what can fail.
+        spare = [None if old is None else old.new_empty(capacity, *old.shape[1:]) for old in (*self.keys, *self.values)]
         layers = len(self.keys)
         for i, new in enumerate(spare):
             tensors, layer = (self.keys, i) if i < layers else (self.values, i - layers)
             old = tensors[layer]
             if old is not None and new is not None:
-                torch.index_select(old, 0, order, out=new[: len(order)])
+                new[:used] = old[:used]
                 tensors[layer] = new  # one by one: the old one's memory goes before the next is written
         self.capacity = capacity
 

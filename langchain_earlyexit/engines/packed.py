@@ -172,15 +172,11 @@ class PackedModel(Model):
     def remember(self, cache: Cache, ids: Sequence[int]) -> None:
         self._book.remember(cache.table, ids)
 
+    @torch.inference_mode()  # what passes made can be written into nowhere else
     def trim(self) -> None:
         if self._memory.capacity > 2 * self._book.used + _SPARE:
-            self._compact()
-
-    def _compact(self) -> None:
-        """Put the pages in use side by side: they are read without a copy then, and the rest of the memory is free."""
-        capacity = self._book.used * 3 // 2
-        spare = self._memory.spare(capacity)  # before anything has a new number: it may fail
-        self._memory.move(self._book.compact(), spare, capacity)
+            self._book.fill(self._memory.shift)
+            self._memory.shrink(self._book.size)
 
     @property
     def page_bytes(self) -> int:
@@ -236,10 +232,11 @@ class PackedModel(Model):
             logits, seen = self._lean.run(given[0], given[1], longest, last, run, wanted)
         else:
             logits, seen = self._stock(given, last, run, wanted)
+        found: NDArray[np.float32] = logits.float().cpu().numpy()
         self.calls += run.calls
         self.passes += 1
-        for span in spans:
-            span.table.length = span.total
+        if self._book.most is None and self._limit is not None:
+            self._set_pages(self._limit)
         if wanted:
             self._taps.keep(
                 [
@@ -248,9 +245,8 @@ class PackedModel(Model):
                 ],
                 seen,
             )
-        if self._book.most is None and self._limit is not None:
-            self._set_pages(self._limit)
-        found: NDArray[np.float32] = logits.float().cpu().numpy()
+        for span in spans:  # last: nothing can fail any more, and a pass that fails leaves every cache as it was
+            span.table.length = span.total
         return found
 
     def _stock(

@@ -113,26 +113,6 @@ class Book:
         del self._owners[used:]
         self._free = []
 
-    def compact(self) -> list[int]:
-        """Number the pages in use anew, from 0, those of a table one after the other.
-
-        Returns:
-            The old number of each new one: what is in the pages must be moved.
-        """
-        # Held, no table can go now, and one that has gone has left its pages to be collected.
-        tables = list(self._tables)
-        self._collect()
-        old = list(dict.fromkeys(page for table in tables for page in table.pages))
-        old += sorted(self._known_pages.difference(old))
-        new = {page: number for number, page in enumerate(old)}
-        for table in tables:  # in place: the list may already be on its way to be collected
-            table.pages[:] = [new[page] for page in table.pages]
-        self._known = OrderedDict((key, (serial, new[page])) for key, (serial, page) in self._known.items())
-        self._known_pages = {new[page] for page in self._known_pages}
-        self._owners = [self._owners[page] for page in old]
-        self._free = []
-        return old
-
     def left(self) -> int:
         """Pages that can still be had, those included that are only kept for others that begin alike."""
         assert self.most is not None  # noqa: S101 - asked only once it is known

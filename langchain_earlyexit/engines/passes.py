@@ -61,6 +61,8 @@ def collect(model: Model, live: Sequence[Run], most_running: int) -> list[Fed]:
         wanted = model.need(branch.cache, missing + MIXED) if starts and fed else need
         if wanted > model.left() - promised and not _make_room(model, wanted + promised, run, ready, live):
             if fed:
+                if starts:
+                    drop(model, branch, 0)  # what it adopted or shares may be what the others were promised
                 continue
             # Nobody before it can go on, and nobody else holds any memory: it has all there is.
             run.end(_too_large(model, need + model.limit - model.left()))

@@ -129,11 +129,10 @@ class Run:
 
     def hungry(self, model: Model) -> Iterator[Branch]:
         """The branches that must be fed before the program can go on."""
-        seen: set[int] = set()
-        for _, op in self.waiting:
-            if op.branch not in seen:
-                seen.add(op.branch)
-                branch = self.branches[op.branch]
+        wanted = {op.branch for _, op in self.waiting}
+        # In the order in which they came to be: the first never waits for what another of them is about to read.
+        for number, branch in self.branches.items():
+            if number in wanted:
                 if branch.cached == len(branch.ids):  # rewound onto tokens already fed: the last must be fed again
                     drop(model, branch, len(branch.ids) - 1)
                 yield branch

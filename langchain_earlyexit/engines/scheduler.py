@@ -85,10 +85,11 @@ class ScheduledEngine:
         with self._wake:
             if self._closed:
                 raise RuntimeError(f"this {self.name} engine is closed; build a new model to go on")
-            self._queue.append(Run(program, channel))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name=f"earlyexit-{self.name}", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._loop, name=f"earlyexit-{self.name}", daemon=True)
+                thread.start()  # it may not: then nobody waits for it
+                self._thread = thread
+            self._queue.append(Run(program, channel))
             self._wake.notify_all()
         return EventStream(channel, self._wake)
 

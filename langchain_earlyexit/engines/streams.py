@@ -30,13 +30,12 @@ class Channel:
         self.error: BaseException | None = None
         self.cancelled = False
         self.answer_now = False
+        # Whether its program waits for the reader: from `STREAM_BOUND` events until half of them are read. A program
+        # that went on for each event that is read would take its memory back from others as often.
+        self.full = False
         self.patience = 1
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
-
-    @property
-    def full(self) -> bool:
-        return len(self.events) >= STREAM_BOUND
 
     @property
     def overdue(self) -> bool:
@@ -50,6 +49,7 @@ class Channel:
     def put(self, events: Sequence[Event]) -> None:
         with self.lock:
             self.events.extend(events)
+            self.full = self.full or len(self.events) >= STREAM_BOUND
             if len(self.events) >= self.patience:
                 self._notify()
 
@@ -72,7 +72,9 @@ class Channel:
     def next_nowait(self) -> Event | None:
         """The next event, None when there is none yet; StopIteration's stand-in is `done` with no events left."""
         if self.events:
-            return self.events.popleft()
+            event = self.events.popleft()
+            self.full = self.full and len(self.events) > STREAM_BOUND // 2
+            return event
         if self.done and self.error is not None:
             raise self.error
         return None
@@ -121,7 +123,7 @@ class EventStream:
             self.cancel()
 
     def _took(self, was_full: bool) -> None:
-        if was_full:  # the worker may be asleep, paused by this very stream
+        if was_full and not self._channel.full:  # the worker may be asleep, paused by this very stream
             with self._wake:
                 self._wake.notify_all()
 

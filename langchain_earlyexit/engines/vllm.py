@@ -28,7 +28,7 @@ from langchain_earlyexit.engines.loops import Bell, LoopThread
 from langchain_earlyexit.engines.program import Done, Event, Inbox, Program, Sample, Step, Told
 from langchain_earlyexit.engines.servers import Known, meet
 from langchain_earlyexit.engines.streams import Channel, EventStream, told
-from langchain_earlyexit.engines.wire import Circuit, Patience, Server, Wire
+from langchain_earlyexit.engines.wire import Circuit, Fault, Patience, Server, Wire
 from langchain_earlyexit.sampling import Sampling
 
 _CONNECTIONS = 256
@@ -187,8 +187,11 @@ class VLLMEngine:
         """What is known of a server; asked once, when it is first used."""
         if server in self._known:
             return self._known[server]
+        failed = server.circuit.failed
         async with server.meeting:
             if server not in self._known:
+                if server.circuit.failed > failed:  # while this one waited: not all are to wait for the same, in turn
+                    raise Fault(f"{server.url} has just failed to answer")
                 self._known[server] = await self._introduced(server)
         return self._known[server]
 

@@ -47,7 +47,8 @@ class Patience:
     """How long a failing server is borne with.
 
     Attributes:
-        retries: attempts after the first, in a row without a single token; a stream that breaks off later starts anew.
+        retries: failures after the first that are borne with, in a row without a single token; a stream that breaks
+            off later starts anew, and one after which another server is asked counts nothing.
         first, longest: seconds before the first retry, and at most; they double, with jitter.
         silence: seconds without a byte after which a connection counts as broken: a server that is waited for in line
             says nothing.
@@ -67,26 +68,27 @@ class Patience:
     rest: float = 5.0
 
     def retrying(self) -> tenacity.AsyncRetrying:
-        """Tries again what raises a `Fault`, at most `retries` times."""
-        return tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(1 + self.retries),
-            wait=self._pause,
-            retry=tenacity.retry_if_exception(self._bearable),
-            reraise=True,
-        )
+        """Tries again what raises a `Fault`, after at most `retries` waits."""
+        waits = 0
 
-    def _bearable(self, error: BaseException) -> bool:
-        return isinstance(error, Fault) and (error.moved or (error.after or 0.0) <= self.obeyed)
+        def bearable(error: BaseException) -> bool:
+            nonlocal waits
+            if not isinstance(error, Fault):
+                return False
+            waits += not error.moved
+            return error.moved or (waits <= self.retries and (error.after or 0.0) <= self.obeyed)
 
-    def _pause(self, state: tenacity.RetryCallState) -> float:
-        fault = None if state.outcome is None else state.outcome.exception()
-        if isinstance(fault, Fault):
-            if fault.moved:
-                return 0.0
-            if fault.after is not None:
-                return fault.after
-        doubled = min(self.longest, self.first * 2.0 ** (state.attempt_number - 1))
-        return doubled * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, so that streams do not come back together
+        def pause(state: tenacity.RetryCallState) -> float:
+            fault = None if state.outcome is None else state.outcome.exception()
+            if isinstance(fault, Fault):
+                if fault.moved:
+                    return 0.0
+                if fault.after is not None:
+                    return fault.after
+            doubled = min(self.longest, self.first * 2.0 ** (waits - 1))
+            return doubled * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, so that streams do not come back together
+
+        return tenacity.AsyncRetrying(wait=pause, retry=tenacity.retry_if_exception(bearable), reraise=True)
 
 
 @dataclass(slots=True)
@@ -160,15 +162,17 @@ class Wire:
             raise self._lost(server, error) from error
         self._judge(server, path, response)
         try:
-            return response.json()
+            told = response.json()
         except json.JSONDecodeError as error:
             raise ValueError(f"{server.url}{path} answers with something else than JSON") from error
+        server.circuit.worked()
+        return told
 
     async def events(self, server: Server, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
         """The server-sent events of a request, as JSON, to their end. Leaving it closes the connection.
 
         Raises:
-            Fault: what may pass; also where the stream breaks off.
+            Fault: what may pass; also where the stream breaks off, or tells of an error.
             ValueError: what the server refuses, in its own words.
         """
         try:
@@ -180,7 +184,9 @@ class Wire:
                         continue
                     data = line[5:].strip()
                     if data != b"[DONE]":  # after it comes the end: read up to there, the connection is of use again
-                        yield _event(server, data)
+                        event = _event(server, data)
+                        server.circuit.worked()
+                        yield event
             finally:
                 await asyncio.shield(self._closed(response))
         except httpx.TransportError as error:
@@ -225,9 +231,9 @@ class Wire:
                 server.circuit.broke()
             told = f"{server.url}{path} answers {status}: {_message(response)}"
             raise Fault(told, after=_after(response))
-        server.circuit.worked()
         if status == httpx.codes.OK:
-            return
+            return  # that it works is yet to be seen: one that hangs says this much
+        server.circuit.worked()
         if status in (401, 403):
             raise PermissionError(f"{server.url} answers {status}: api_key is missing or not the one it was given")
         if status in (404, 405, 501):
@@ -259,11 +265,8 @@ def _event(server: Server, data: bytes) -> Any:
         raise Fault(f"{server.url}: an event broke off") from error
     if isinstance(event, dict) and event.get("error"):
         told = event["error"]
-        code = told.get("code") if isinstance(told, dict) else None
         text = str(told.get("message", told) if isinstance(told, dict) else told)[:_TOLD]
-        if isinstance(code, int) and 400 <= code < 500 and code not in _PASSING:
-            raise ValueError(f"{server.url} refuses the request ({code}): {text}")
-        server.circuit.broke()
+        server.circuit.broke()  # whatever code it gives: older servers call all that goes wrong by now a bad request
         raise Fault(f"{server.url} failed: {text}")
     return event
 

@@ -30,6 +30,7 @@ from langchain_earlyexit.lab.learn_then_test import upper_bound
 from langchain_earlyexit.lab.lines import mended
 from langchain_earlyexit.lab.node_rules import Rule
 from langchain_earlyexit.lab.statistics import paired_bootstrap
+from langchain_earlyexit.lab.table import saved
 from langchain_earlyexit.plan_and_solve import create_plan_and_solve
 from langchain_earlyexit.pocket.plans import MAX_STEPS, PlanProblem, right_plan, sample_plans
 from langchain_earlyexit.policies import Never, Policy
@@ -203,7 +204,8 @@ def measure(
 
 def _measured(models: Models, rules: StepRules, questions: int, seed: int) -> dict[str, str]:
     certified: Rule = {} if rules.certified is None else rules.certified.rule
-    facts = {"rule": rules.rule, "quick": rules.quick, "doubt": rules.doubt, "certified": certified}
+    facts: dict[str, Any] = {"rule": rules.rule, "quick": rules.quick, "doubt": rules.doubt, "certified": certified}
+    facts["probes"] = {node: probe.digest for node, probe in sorted((rules.probes or {}).items())}
     more = {"questions": questions, "seed": seed, "weights": models.solver.load().fingerprint["weights"]}
     return {name: repr(value) for name, value in {**facts, **more}.items()}
 
@@ -281,6 +283,8 @@ def markdown(bench: Bench) -> str:
     base, flat = bench.solved[NO_CONTROL], bench.solved[FLAT]
     count = len(bench.problems)
     lines = [
+        "By `make bench-agents`; differences in points, with 95 % intervals, paired by problem.",
+        "",
         f"{bench.model}, {count} held-out problems of 3 to 6 dependent steps; flat budget: {bench.cap} thinking tokens "
         "a call.",
         "",
@@ -288,7 +292,6 @@ def markdown(bench: Bench) -> str:
         "| calls | s per 100 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    whole = fmean(one.reasoning for one in base)
     for regime in bench.solved:
         rows = bench.solved[regime]
         tokens = [one.reasoning for one in rows]
@@ -299,7 +302,7 @@ def markdown(bench: Bench) -> str:
             _gap(rows, flat, lambda one: one.right),
             f"{100 * fmean(one.right_plan for one in rows):.1f} %",
             f"{fmean(tokens):.0f}",
-            _saved(tokens, [one.reasoning for one in base], whole),
+            _saved(tokens, [one.reasoning for one in base]),
             f"{100 * fmean(not BOXED.same(a.answer, b.answer) for a, b in zip(rows, base, strict=True)):.1f} %",
             f"{fmean(len(one.calls) for one in rows):.2f}",
             f"{100 * bench.seconds[regime] / count:.1f}",
@@ -326,11 +329,11 @@ def _gap(ours: Sequence[Solved], theirs: Sequence[Solved], value: Callable[[Solv
     return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def _saved(ours: Sequence[int], theirs: Sequence[int], whole: float) -> str:
+def _saved(ours: Sequence[int], theirs: Sequence[int]) -> str:
     if list(ours) == list(theirs):
         return "-"
-    mean, low, high = paired_bootstrap(theirs, ours)
-    return f"{100 * mean / whole:.1f} % [{100 * low / whole:.1f}, {100 * high / whole:.1f}]"
+    found = saved(ours, theirs)
+    return f"{100 * found.mean:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def _risk(rows: Sequence[Solved], base: Sequence[Solved]) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from langchain_earlyexit.fingerprint import refuse_mismatch
 from langchain_earlyexit.guarantee import Calibration
 from langchain_earlyexit.lab.calibrate import LEVELS, calibrate, servable
-from langchain_earlyexit.lab.collect import read_meta, read_traces, refuse_learned, refuse_other_kinds
+from langchain_earlyexit.lab.collect import read_finished, read_traces, refuse_learned, refuse_other_kinds, subjects
 from langchain_earlyexit.lab.judge import Judge
 from langchain_earlyexit.lab.learn_then_test import questions_needed
-from langchain_earlyexit.lab.lines import refuse_unfinished
 from langchain_earlyexit.lab.paths import path_of
 from langchain_earlyexit.policies import Policy
 from langchain_earlyexit.trace import Trace
@@ -48,8 +46,7 @@ def certify(
         ValueError: too few questions, an unfinished collection, several calls of one run, a collection made for
             checks of other kinds than the policy looks at live, or questions that the probe has learned from.
     """
-    refuse_unfinished(Path(out))
-    meta, traces = read_meta(out), read_traces(out)
+    meta, traces = read_finished(out), read_traces(out)
     runs = {str(trace.question_id).rpartition("/")[0] for trace in traces}
     if meta.get("of_runs") and len(runs) < len(traces):
         raise ValueError(
@@ -57,11 +54,11 @@ def certify(
             "not drawn independently; certify a rule on whole runs (`lab.node_rules`), or collect questions"
         )
     refuse_other_kinds(policy, meta, repr(os.fspath(out)))
-    refuse_learned(policy, meta, traces)
+    refuse_learned(policy, meta, subjects(out).values())
     second: list[Trace] = []
     if again is not None:
         try:
-            refuse_mismatch(f"the collection {os.fspath(again)}", read_meta(again)["binds"], meta["binds"])
+            refuse_mismatch(f"the collection {os.fspath(again)}", read_finished(again)["binds"], meta["binds"])
         except ValueError as error:
             raise ValueError(f"{error}. Collect the second time with the same settings, the seed aside") from None
         second = read_traces(again)

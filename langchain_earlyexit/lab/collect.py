@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -29,7 +30,15 @@ from langchain_earlyexit.cues import CueSpec
 from langchain_earlyexit.engines.program import Stream
 from langchain_earlyexit.fingerprint import digest, refuse_mismatch
 from langchain_earlyexit.lab.exits import Collected, answering_everywhere, watching
-from langchain_earlyexit.lab.lines import mended, meta_path, note_done, note_planned, read_lines
+from langchain_earlyexit.lab.lines import (
+    RUNS,
+    mended,
+    meta_path,
+    note_done,
+    note_planned,
+    read_lines,
+    refuse_unfinished,
+)
 from langchain_earlyexit.policies import Never, Policy, wanted_kinds
 from langchain_earlyexit.probe import mark
 from langchain_earlyexit.request import Request
@@ -122,7 +131,7 @@ def collect(
         replace(chosen, exit_policy=Never(), shadow=False),
         frozenset(kinds) if kinds is not None else bound.cues.primary,
         tuple(depths if depths is not None else bound.family.probe_layers or DEPTHS),
-        _measured(bound, signals),
+        measured(bound, signals),
         system,
         seed,
         llm.timeout,
@@ -130,18 +139,21 @@ def collect(
     known = {trace.question_id for trace in mended(path, Trace.from_json)}
     left = [question for question in questions if question.id not in known]
     refused: dict[str, str] = {}
+    if questions:
+        # Also where nothing is left to ask: what is there may have been asked in another way.
+        first = plan.first(questions, read_meta(path)["form"] if meta_path(path).exists() else None)
+        write_meta(path, plan.meta(llm.model, first), known=bool(known))
     if left:
-        write_meta(path, plan.meta(llm.model, left[0]), known=bool(known))
         note_planned(path, {question.id for question in questions})
         with (
             Writer(path) as writer,
             tqdm(total=len(questions), initial=len(questions) - len(left), unit="q", disable=not progress) as bar,
-            closing(plan.run(left, at_once)) as runs,
+            closing(plan.run(left, at_once, plan.request(first).form.name)) as runs,
         ):
             for question, found in runs:
                 if isinstance(found, ValueError):
                     refused[question.id] = str(found)
-                    bar.write(f"{question.id} is left out: {found}")
+                    bar.write(f"{question.id} is left out: {found}", file=sys.stderr)
                 else:
                     writer.add(_told(found.done.trace, question), found.states)
                 bar.update()
@@ -152,6 +164,12 @@ def collect(
 def seed_of(seed: int, question_id: str) -> int:
     """The seed a question is sampled with: it depends on nothing else, so questions may come in any order."""
     return int(digest([seed, question_id])[:12], 16)
+
+
+def in_form(settings: Settings, question: Asked) -> Settings:
+    """Settings with the form that a question of a data set says it is answered in, where they leave that open."""
+    form = getattr(question, "form", None)
+    return settings if form is None or settings.answer_form != "auto" else replace(settings, answer_form=form)
 
 
 def messages_of(question: Asked, system: str | None) -> list[BaseMessage]:
@@ -174,31 +192,44 @@ class _Plan:
     timeout: float | None
 
     def request(self, question: Asked) -> Request:
-        settings = replace(self.settings, seed=seed_of(self.seed, question.id))
+        settings = replace(in_form(self.settings, question), seed=seed_of(self.seed, question.id))
         plain = self.bound.request(messages_of(question, self.system), settings)
         if not plain.thinking:
             raise ValueError("the model does not think here, so there is nothing to collect")
         return replace(plain, policy=watching(self.signals, self.kinds))
 
+    def first(self, questions: Sequence[Asked], form: str | None) -> Asked:
+        """The first question that can be asked, if one can, of this answer form: it stands for all.
+
+        Raises:
+            ValueError: none can; the reason is that of the first.
+        """
+        askable: Asked | None = None
+        refused: ValueError | None = None
+        for question in questions:
+            try:
+                found = self.request(question).form.name
+            except ValueError as error:
+                refused = refused or error
+                continue
+            if form in (None, found):
+                return question
+            askable = askable or question
+        if askable is None:
+            raise refused or ValueError("there are no questions")
+        return askable
+
     def meta(self, model: str, question: Asked) -> dict[str, Any]:
         """How this collection is made, as JSON data. Whoever goes on with it must make it in the same way."""
         request = self.request(question)
-        return {
-            "format": FORMAT,
-            "model": model,
-            "binds": self.bound.call_fingerprint(messages_of(question, self.system), self.settings, request),
-            "form": request.form.name,
-            "kinds": sorted(self.kinds),
-            "signals": sorted(self.signals),
-            "depths": list(self.depths),
-            "seed": self.seed,
-            "closing": {"full": len(request.closing), "bare": len(request.bare_closing)},
-            "learned": [] if self.bound.probe is None else self.bound.probe.learned,
-        }
+        settings = in_form(self.settings, question)
+        binds = self.bound.call_fingerprint(messages_of(question, self.system), settings, request)
+        return {**meta_of(model, binds, request, self.kinds, self.depths), "seed": self.seed}
 
-    def run(self, questions: Sequence[Asked], at_once: int) -> Generator[tuple[Asked, Collected | ValueError]]:
+    def run(
+        self, questions: Sequence[Asked], at_once: int, form: str
+    ) -> Generator[tuple[Asked, Collected | ValueError]]:
         """Each question with what came of it, in the order in which they are done."""
-        form = self.request(questions[0]).form.name
         running: set[Stream] = set()
 
         def one(question: Asked) -> Collected | ValueError:
@@ -233,10 +264,32 @@ class _Plan:
                     yield asked.pop(future), future.result()
 
 
-def _measured(bound: Binding, wanted: Collection[str] | None) -> frozenset[str]:
+def meta_of(
+    model: str, binds: Mapping[str, str], request: Request, kinds: Collection[str], depths: Sequence[float]
+) -> dict[str, Any]:
+    """How calls like `request`, whose policy watches, are collected, as JSON data: see `read_meta`."""
+    signals = request.policy.needs
+    return {
+        "format": FORMAT,
+        "model": model,
+        "binds": binds,
+        "form": request.form.name,
+        "kinds": sorted(kinds),
+        "signals": sorted(signals),
+        "depths": list(depths),
+        "closing": {
+            "full": len(request.closing),
+            "bare": len(request.bare_closing),
+            **({"margin": 1} if request.aside and "end_margin" in signals - request.reported else {}),
+        },
+        "learned": [] if request.probe is None else request.probe.learned,
+    }
+
+
+def measured(bound: Binding, wanted: Collection[str] | None = None) -> frozenset[str]:
     """The signals that are wanted; all that can be measured on this model when None."""
     one_token = bound.tags is not None and bound.codec.single(bound.tags.end) is not None
-    lacking = frozenset() if one_token else frozenset({"end_margin"})
+    lacking = set(getattr(bound.engine, "lacks", ())) | (set() if one_token else {"end_margin"})
     offered = (MEASURED - lacking) | ({"p_safe"} if bound.probe is not None else frozenset())
     if wanted is None:
         return offered
@@ -361,7 +414,8 @@ def read_traces(out: str | os.PathLike[str]) -> list[Trace]:
 
 def read_meta(out: str | os.PathLike[str]) -> dict[str, Any]:
     """How a collection was made: `binds` is the fingerprint of its calls, `form`, `kinds`, `signals`, `depths`, `seed`,
-    and `closing`: the tokens that close the thinking, with and without what induces an answer.
+    `closing`: the tokens that close the thinking, with and without what induces an answer, and those that a margin
+    takes; `learned`: `Probe.learned` of the probe that measured.
 
     Raises:
         FileNotFoundError: the file beside the traces is missing.
@@ -371,6 +425,13 @@ def read_meta(out: str | os.PathLike[str]) -> dict[str, Any]:
     meta: dict[str, Any] = json.loads(where.read_text(encoding="utf-8"))
     if meta.get("format") != FORMAT:
         raise ValueError(f"{where} has format {meta.get('format')!r}, but this version reads {FORMAT}; collect anew")
+    return meta
+
+
+def read_finished(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """`read_meta` of a collection that is whole; ValueError where it is not finished."""
+    meta = read_meta(out)
+    refuse_unfinished(Path(out).with_name(RUNS) if meta.get("of_runs") else Path(out))
     return meta
 
 
@@ -394,14 +455,33 @@ def refuse_other_kinds(policy: Policy, meta: Mapping[str, Any], what: str) -> No
         )
 
 
-def refuse_learned(policy: Policy, meta: Mapping[str, Any], traces: Sequence[Trace]) -> None:
+def subjects(out: str | os.PathLike[str]) -> dict[str, str]:
+    """By the question id of a trace, what it is about: its question, or that of the run which it is a call of."""
+    traces = read_traces(out)
+    runs: dict[str, str] = {}
+    told = Path(out).with_name(RUNS)
+    if read_meta(out).get("of_runs") and told.exists():
+        runs = {line["id"]: line["question"] for line in read_lines(told, json.loads)}
+    found = {}
+    for trace in traces:
+        name = str(trace.question_id)
+        found[name] = runs.get(name.rpartition("/")[0]) or trace.question or name
+    return found
+
+
+def refuse_learned(policy: Policy, meta: Mapping[str, Any], questions: Collection[str]) -> None:
     """Refuse to judge a policy that reads a probe on questions that the probe has learned from.
+
+    Args:
+        policy: to be judged.
+        meta: of the collection, see `read_meta`.
+        questions: texts of its questions, see `subjects`.
 
     Raises:
         ValueError: some are, so that the policy would look better than it is.
     """
     learned = frozenset(meta.get("learned", ())) if "p_safe" in policy.needs else frozenset()
-    known = {trace.question for trace in traces if trace.question is not None and mark(trace.question) in learned}
+    known = {question for question in questions if mark(question) in learned}
     if known:
         raise ValueError(
             f"the probe has learned from {len(known)} of these questions ({min(known)[:60]!r}, say), so on them "

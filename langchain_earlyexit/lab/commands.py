@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -18,7 +19,7 @@ PIPELINE: Final = """\
 From your own questions to a promise and a report:
 
   collect    think questions to the end; measure every signal at every check, and answer there too
-  train      learn LYNX's probe from a collection (for LYNX alone)
+  train      learn a probe from a collection (for LYNX, ProbeThenTrial and GiveUp(signal='p_safe'))
   calibrate  find the setting that changes at most a share epsilon of the answers, and certify it
   answer     run one arm live: a fixed budget, no thinking, a policy
   evaluate   try policies and thresholds by replay, without the model, beside live runs
@@ -74,8 +75,12 @@ def _fields(node: ast.expr) -> dict[str, Any]:
         return {"policy": name, "policies": [_fields(member) for member in node.args]}
     if node.args:
         raise ValueError(f"name the fields of {name}, as in threshold=0.97")
-    values = {str(field.arg): ast.literal_eval(field.value) for field in node.keywords}
+    values = {str(field.arg): _value(field.value) for field in node.keywords}
     return {"policy": name, **{key: sorted(v) if isinstance(v, set) else v for key, v in values.items()}}
+
+
+def _value(node: ast.expr) -> Any:
+    return float("inf") if ast.unparse(node) == "float('inf')" else ast.literal_eval(node)
 
 
 # --- collect and train --------------------------------------------------------------------------------------------
@@ -118,7 +123,11 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
         "--kinds", nargs="+", default=None, help="checks: reflection, paragraph, sentence, interval; the model's own"
     )
     parser.add_argument(
-        "--depths", type=float, nargs="*", default=None, help="layers whose states are kept, 0.5 the middle; or none"
+        "--depths",
+        type=float,
+        nargs="*",
+        default=None,
+        help="layers whose states are kept, 0.5 the middle, for train alone; without numbers none",
     )
     parser.add_argument("--probe", default=None, help="directory or hub id: measures p_safe too")
     parser.add_argument("--budget", type=int, default=None, help="cap on thinking tokens")
@@ -248,6 +257,8 @@ def _answer(given: argparse.Namespace) -> None:
         arm = arm_of(given.policy, given.budget, given.draft)
         asked = {} if given.temperature is None else {"temperature": given.temperature}
         run = answer(llm, questions, arm, given.out, seed=given.seed, at_once=given.at_once, **asked)
+    if not run.outcomes:
+        raise ValueError("none of these questions can be asked; why is told above")
     spent = sum(outcome.output_tokens for outcome in run.outcomes) / len(run.outcomes)
     print(f"{run.arm}: {len(run.outcomes)} questions, {spent:.1f} output tokens each")
 
@@ -259,7 +270,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", type=Path, help="the collection to report on")
     parser.add_argument("--dev", type=Path, default=None, help="another collection, on which settings are chosen")
     parser.add_argument(
-        "--policy", type=policy, nargs="+", default=[], metavar="POLICY", help="deer, CoDEStop(tau=12), ..."
+        "--policy", type=policy, nargs="+", default=[], metavar="POLICY", help="deer, 'CoDEStop(tau=12)', ..."
     )
     parser.add_argument("--live", type=Path, nargs="+", default=[], help="runs by `earlyexit answer` to put beside")
     parser.add_argument("--tolerance", type=float, default=0.005, help="accuracy on --dev that a setting may cost")
@@ -268,19 +279,28 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
+    from langchain_earlyexit.lab.collect import read_finished
     from langchain_earlyexit.lab.evaluate import chosen_on, evaluate
     from langchain_earlyexit.lab.live import read_live
     from langchain_earlyexit.lab.paths import path_of
     from langchain_earlyexit.lab.replays import Collection, curve
     from langchain_earlyexit.lab.report import markdown
 
+    for path in filter(None, (given.traces, given.dev)):
+        read_finished(path)
     test = Collection.read(given.traces, given.look)
     replayed = {repr(one): one for one in given.policy}
+    paths: dict[tuple[Policy, ...], Policy] = {}
+    for one in given.policy:
+        try:
+            paths.setdefault(path_of(one), one)
+        except ValueError as error:
+            print(f"replayed as it is, for it has no path of settings: {error}", file=sys.stderr)
     if given.dev is not None:
         dev = Collection.read(given.dev, given.look)
         dev.refuse_shared(test)
-        replayed |= chosen_on(dev, given.policy, given.tolerance)
-    curves = [curve(test, type(one).__name__, path_of(one), "curve") for one in given.policy]
+        replayed |= chosen_on(dev, list(paths.values()), given.tolerance)
+    curves = [curve(test, type(one).__name__, path, "curve") for path, one in paths.items()]
     found = evaluate(test, replayed, [read_live(path) for path in given.live], curves)
     found.save(given.out)
     print(markdown(found))
@@ -373,9 +393,11 @@ Each line of the file is a trace that replays as the model runs, so any policy a
   earlyexit collect --split dev --questions 2000 --depths --seed 1 --out runs/calibration.jsonl
 
 Your own questions are lines of JSON: {"question": "...", "answer": "...", "form": "boxed"}. The form (boxed, choice,
-text; boxed when not given) says how they are answered and compared, "options" makes a question multiple choice. The
-right answer may be left out, for all or for none: calibrate and train compare with full thinking; evaluate then tells
-how many answers stay the same, not how many are right.
+text; boxed when not given) says how they are answered and compared, "options" makes a question multiple choice. They
+are asked as they are: where answers are to be boxed, ask for that ("... put your final answer within \\boxed{}"), for
+an answer without a box counts as changed wherever it is left. The right answer may be left out, for all or for none:
+calibrate and train compare with full thinking; evaluate then tells how many answers stay the same, not how many are
+right. Live calls are covered by the promise in the same form: give them answer_form="text" where these have it.
 
 A promise is for calls that are asked as these are: same system prompt, sampling and budget. For settings that have no
 flag here, such as max_tokens or stop, collect in Python: langchain_earlyexit.lab.collect.collect(llm, questions, out).
@@ -391,12 +413,14 @@ a function of your own that takes a model; --data plans are problems for the fir
 
 and then, in Python:
 
-  from langchain_earlyexit import DEER
+  from langchain_earlyexit import DEER, ChatEarlyExit
+  from langchain_earlyexit.graph import create_plan_and_solve
   from langchain_earlyexit.lab.node_rules import Runs, certify_rule, rule_path
 
-  path = rule_path({"plan": DEER(), "step": DEER()})
-  found = certify_rule(Runs.read("runs/plans"), path, epsilon=0.1)
-  step_model = llm.bind(exit_policy=found.policy("step", llm), look="wait")
+  found = certify_rule(Runs.read("runs/plans"), rule_path({"step": DEER()}), epsilon=0.1)
+  llm = ChatEarlyExit(model="pocket")  # no exit_policy: nodes that the rule does not name think to the end
+  solver = llm.bind(exit_policy=found.policy("step", llm), look="wait")
+  graph = create_plan_and_solve(llm, solver=solver)
 """,
     ),
     Command(

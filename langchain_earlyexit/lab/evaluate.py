@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from langchain_earlyexit.lab.collect import refuse_learned
-from langchain_earlyexit.lab.live import FULL, Live
+from langchain_earlyexit.lab.live import FULL, NO_THINKING, Live, capped
 from langchain_earlyexit.lab.paths import path_of
 from langchain_earlyexit.lab.replays import Collection, agreement, choose, curve, oracle, oracle_curve, reliability
 from langchain_earlyexit.lab.table import Aside, Curve, Evaluation, Point, Reliability, Row, Table
@@ -52,9 +52,9 @@ def evaluate(
             run of other questions.
     """
     for policy in replayed.values():
-        refuse_learned(policy, test.meta, test.traces)
+        refuse_learned(policy, test.meta, test.about)
     full = next((run for run in live if run.arm == FULL.name), None)
-    budgets = [run for run in live if run.budget is not None]
+    budgets = [run for run in live if run.budget is not None and run.arm in _fixed(run.budget)]
     table = Table(test.full() if full is None else full.outcomes, test.judge, [run.outcomes for run in budgets])
     first = _live(table, full) if full else table.row(FULL.name, test.full(), policy="Never()", how="replayed")
     rows = [first, *(_live(table, run) for run in live if run is not full)]
@@ -70,9 +70,14 @@ def evaluate(
         rows=tuple(rows),
         curves=(*_budget_curve(first, [row for row in rows if row.name in capped]), oracle_curve(test), *curves),
         reliability=tuple(_reliability(test)),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *_unknown(test)),
         asides=tuple(asides),
     )
+
+
+def _fixed(budget: int) -> tuple[str, ...]:
+    """Names of the arms that are cut at a fixed number of tokens and do nothing else."""
+    return () if budget < 0 else (NO_THINKING.name,) if budget == 0 else (capped(budget).name,)
 
 
 def codestop_curves(test: Collection, title: str = "") -> list[Curve]:
@@ -112,6 +117,14 @@ def _budget_curve(full: Row, capped: Sequence[Row]) -> list[Curve]:
         return []
     points = sorted(Point(row.output_tokens, row.accuracy, row.name) for row in (*capped, full))
     return [Curve("fixed budgets", "budget", tuple(points))]
+
+
+def _unknown(test: Collection) -> list[str]:
+    if test.meta["binds"]["engine"].startswith(("transformers", "function")):
+        return []
+    return [
+        "Replays cannot know which tokens a server draws and nobody reads, so on servers live runs take a little more."
+    ]
 
 
 def _about(test: Collection, table: Table) -> dict[str, str]:

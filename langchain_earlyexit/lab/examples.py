@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from langchain_earlyexit.answers import graded_form
 from langchain_earlyexit.fingerprint import digest
-from langchain_earlyexit.lab.collect import read_meta, read_states, read_traces
+from langchain_earlyexit.lab.collect import read_meta, read_states, read_traces, subjects
 from langchain_earlyexit.probe import mark
 from langchain_earlyexit.trace import Trace
 
@@ -44,7 +44,7 @@ class Examples:
         ids: of the question, [rows].
         part: "train", "choose" or "test", by question, [rows].
         questions: how many there are.
-        learned: marks (`probe.mark`) of those that are not in the part "test".
+        learned: marks (`probe.mark`) of what those are about that are not in the part "test", see `collect.subjects`.
         binds: the model's fingerprint.
         model: its name.
     """
@@ -83,6 +83,8 @@ def examples(
     if not traces:
         raise ValueError(f"{os.fspath(out)!r} holds no hidden states; collect with depths")
     verdicts = _verdicts(traces, label, meta["form"])
+    about = subjects(out)
+    parts = {str(trace.question_id): part_of(trace.question or str(trace.question_id), seed) for trace in traces}
     rows, safe, confidence, first, ids, part = [], [], [], [], [], []
     for trace, right in zip(traces, verdicts, strict=True):
         assert trace.question_id is not None  # noqa: S101 - only such have states
@@ -95,7 +97,7 @@ def examples(
         confidence += [trace.checks[i].signals.get("trial_confidence", float("nan")) for i in wanted]
         first += [i == wanted[0] for i in wanted]
         ids += [trace.question_id] * len(wanted)
-        part += [part_of(_text(trace), seed)] * len(wanted)
+        part += [parts[trace.question_id]] * len(wanted)
     if not rows:
         raise ValueError(f"{os.fspath(out)!r} holds no checks of the kinds {sorted(kinds or meta['kinds'])}")
     return Examples(
@@ -107,14 +109,10 @@ def examples(
         np.array(ids),
         np.array(part),
         len(traces),
-        tuple(sorted({mark(text) for text in map(_text, traces) if part_of(text, seed) != "test"})),
+        tuple(sorted({mark(about[name]) for name, chosen in parts.items() if chosen != "test"})),
         {name: meta["binds"][name] for name in _BOUND},
         meta["model"],
     )
-
-
-def _text(trace: Trace) -> str:
-    return trace.question or str(trace.question_id)
 
 
 def part_of(question: str, seed: int = 0) -> str:

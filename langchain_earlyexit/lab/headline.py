@@ -247,9 +247,9 @@ class _Runner:
         return self.crew.collect(one, _COLLECTING, kinds, depths, signals)
 
     def live(self, arm: Arm, probe: Path | None = None) -> Future[Live]:
-        out = self.folder / "live" / f"{slug(f'{arm.name} {arm.told}')}.jsonl"
-        reads = "p_safe" in arm.policy.needs
-        one = Pass(self.plan.asking("test"), out, probe if reads else None)
+        reads = probe if "p_safe" in arm.policy.needs else None
+        named = " ".join([arm.name, arm.told, *([] if reads is None else [reads.name])])
+        one = Pass(self.plan.asking("test"), self.folder / "live" / f"{slug(named)}.jsonl", reads)
         return self.crew.answer(one, _price(arm), arm)
 
 

@@ -6,9 +6,12 @@ import json
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 T = TypeVar("T")
+
+RUNS: Final = "runs.jsonl"
+"""The runs of a folder of them; beside it is a file for the calls of each node."""
 
 
 def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T]) -> list[T]:

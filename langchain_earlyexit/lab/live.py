@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from langchain_earlyexit.chat_models import ChatEarlyExit
 from langchain_earlyexit.fingerprint import refuse_mismatch
-from langchain_earlyexit.lab.collect import AT_ONCE, Asked, messages_of, seed_of
+from langchain_earlyexit.lab.collect import AT_ONCE, Asked, in_form, messages_of, seed_of
 from langchain_earlyexit.lab.lines import mended, meta_path
 from langchain_earlyexit.lab.outcomes import Outcome, read_outcomes
 from langchain_earlyexit.policies import Never, Policy
@@ -86,7 +87,7 @@ class Live:
         arm: its name.
         policy: its settings.
         budget: its cap, None for none.
-        outcomes: one per question asked for.
+        outcomes: one per question asked for, those aside that cannot be asked.
         seconds, cpu_seconds: wall-clock and processor time of the process per 1,000 questions, loading aside; None
             where the run was killed and nothing timed.
     """
@@ -123,7 +124,7 @@ def answer(
         **settings: more of a call of `llm`, such as temperature, alike for all arms that are compared.
 
     Raises:
-        ValueError: a file that was written with other settings.
+        ValueError: a file that was written with other settings; no question that can be asked so.
     """
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,18 +184,29 @@ async def _answer_all(
     slots = asyncio.Semaphore(at_once)
     call = {**settings, "exit_policy": arm.policy, "thinking_budget": arm.budget}
     chosen = llm.call_settings(**call)
-    bound = llm.load()
+    bound = llm._bind(chosen)
+    refused: list[ValueError] = []
     with tqdm(total=len(questions), desc=arm.name, unit="q", disable=not progress) as bar:
 
         async def one(question: Asked) -> None:
             messages = messages_of(question, arm.system)
-            form = bound.request(messages, chosen).form
+            try:
+                asked = in_form(chosen, question)
+                form = bound.request(messages, asked).form
+            except ValueError as error:  # this question cannot be asked; the others can
+                refused.append(error)
+                bar.write(f"{question.id} is left out: {error}", file=sys.stderr)
+                bar.update()
+                return
             async with slots:
-                message = await llm.ainvoke(messages, seed=seed_of(seed, question.id), **call)
+                how = {**call, "answer_form": asked.answer_form, "seed": seed_of(seed, question.id)}
+                message = await llm.ainvoke(messages, **how)
             write(_outcome(question, form.extract(message.text), message, seed_of(seed, question.id)))
             bar.update()
 
         await asyncio.gather(*(one(question) for question in questions))
+    if len(refused) == len(questions):  # not the questions are at fault then
+        raise refused[0]
 
 
 def _outcome(question: Asked, found: str | None, message: AIMessage, seed: int) -> Outcome:

@@ -30,10 +30,10 @@ from langchain_earlyexit.chat_models import ChatEarlyExit
 from langchain_earlyexit.guarantee import with_policy
 from langchain_earlyexit.lab.collect import live_kinds, read_meta, read_states, refuse_learned, refuse_other_kinds
 from langchain_earlyexit.lab.learn_then_test import certified, questions_needed, upper_bound
-from langchain_earlyexit.lab.lines import refuse_unfinished
+from langchain_earlyexit.lab.lines import RUNS, refuse_unfinished
 from langchain_earlyexit.lab.outcomes import Closing, replayed
 from langchain_earlyexit.lab.paths import path_of
-from langchain_earlyexit.lab.trajectories import RUNS, CallTrace, Trajectory, node_path, read_runs
+from langchain_earlyexit.lab.trajectories import CallTrace, Trajectory, node_path, read_runs
 from langchain_earlyexit.policies import Never, Policy, replay
 from langchain_earlyexit.policy_json import policy_from_dict, policy_to_dict
 from langchain_earlyexit.probe import POSITIONS, Probe
@@ -293,7 +293,7 @@ def certify_rule(runs: Runs, path: Sequence[Rule], epsilon: float, delta: float 
 
     Raises:
         ValueError: too few runs, naming how many it takes; an unfinished collection; a path whose first rule leaves
-            early; a rule that the runs do not replay; calls that a probe of theirs has learned from.
+            early; a rule that the runs do not replay; runs that a probe of theirs has learned from.
     """
     if not (0 < epsilon < 1 and 0 < delta < 1):
         raise ValueError(f"epsilon and delta lie in (0, 1), got {epsilon} and {delta}")
@@ -305,10 +305,9 @@ def certify_rule(runs: Runs, path: Sequence[Rule], epsilon: float, delta: float 
             f"{n} runs cannot certify epsilon={epsilon:g} at delta={delta:g}: it takes at least {needed}, and more if "
             "some change; collect more runs"
         )
+    runs.refuse_unfit(path[-1])
     for node, policy in path[-1].items():
-        # What a run is about stands in its first call; that later ones are asked again in other runs is their nature.
-        firsts = [run.calls[0] for run in runs.trajectories if run.calls]
-        refuse_learned(policy, runs.metas[node], [call.trace for call in firsts if call.node == node])
+        refuse_learned(policy, runs.metas[node], [run.question for run in runs.trajectories])
     found = [runs.replay(rule) for rule in path]
     if any(one.exits for one in found[0]):
         raise ValueError("a path begins with a rule that never leaves")

@@ -19,9 +19,7 @@ from langchain_earlyexit.lab.lines import read_lines
 from langchain_earlyexit.policies import Policy, needs_at
 from langchain_earlyexit.record import sum_of_counts
 from langchain_earlyexit.trace import REASONS, Trace
-
-_AHEAD = 32
-"""How far the control loop lets the trunk run ahead beside a trial."""
+from langchain_earlyexit.trunk import AHEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +82,15 @@ def read_outcomes(path: str | os.PathLike[str]) -> list[Outcome]:
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """Tokens that close the thinking: `full` with what induces an answer (for exits and trials), `bare` without."""
+    """Tokens that close the thinking: `full` with what induces an answer (for exits and trials), `bare` without.
+
+    Attributes:
+        margin: tokens that a margin takes: 1 where the engine draws it aside, 0 where it is read off the trunk's own.
+    """
 
     full: int
     bare: int
+    margin: int = 0
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Self:
@@ -97,15 +100,19 @@ class Closing:
         return cls(**meta["closing"])
 
 
-def ended(trace: Trace) -> Outcome:
+def ended(trace: Trace, closing: Closing) -> Outcome:
     """The run that a trace is of, without any looking: full thinking.
+
+    Args:
+        trace: of full thinking.
+        closing: of the collection.
 
     Raises:
         ValueError: a trace that lacks a count or its question's id.
     """
     thinking, forced, answered = (_known(trace, f"{name}_tokens") for name in ("thinking", "forced", "answer"))
     # An end of turn inside the thinking is dropped, and an answer induced.
-    dropped = int(trace.reason == "natural" and forced > 0)
+    dropped = int(trace.reason == "natural" and forced == closing.full)
     return _outcome(trace, trace.answer, _known(trace, "reason"), thinking, forced, answered, dropped)
 
 
@@ -135,17 +142,17 @@ def replayed(policy: Policy, trace: Trace, at: int | None, closing: Closing, loo
     ]
     costs = [_trial(trace, i, needs, closing) for i, needs in looked]
     trials = sum(tokens for tokens, _ in costs)
-    end = ended(trace)
+    end = ended(trace, closing)
     if at is None:
         return replace(end, trial_tokens=trials)
     sampled = 0
     for (i, needs), (_, passes) in zip(looked, costs, strict=True):
         read = _per_check(trace, "read_tokens")[i]
         sampled = max(sampled, read)
-        if "end_margin" in needs and trace.checks[i].position >= sampled:
+        if "end_margin" in needs and not closing.margin and trace.checks[i].position >= sampled:
             sampled += 1  # the margin is that of the next token, drawn a step early
         if look == "parallel":
-            most = min(end.thinking_tokens + end.speculated_tokens, read + _AHEAD)
+            most = min(end.thinking_tokens + end.speculated_tokens, read + AHEAD)
             sampled = max(sampled, min(sampled + passes, most))
     here = left_at(trace, at, closing, policy.decide(Trace(trace.checks[: at + 1])).reason)
     return replace(here, trial_tokens=trials, speculated_tokens=sampled - here.thinking_tokens)
@@ -153,12 +160,13 @@ def replayed(policy: Policy, trace: Trace, at: int | None, closing: Closing, loo
 
 def _trial(trace: Trace, i: int, needs: frozenset[str], closing: Closing) -> tuple[int, int]:
     """Tokens that measuring `needs` at check `i` takes beside the trunk, and the steps in which it samples them."""
-    entropy = closing.bare + 1
-    tokens = steps = 0
+    entropy, known = closing.bare + 1, trace.checks[i].signals
+    tokens = steps = closing.margin if "end_margin" in needs else 0
     if "end_entropy" in needs:
-        tokens, steps = entropy, 1
+        tokens, steps = tokens + entropy, steps + 1
     if "trial_confidence" in needs:
-        trial = _per_check(trace, "trial_tokens")[i] - (entropy if "end_entropy" in trace.checks[i].signals else 0)
+        trial = _per_check(trace, "trial_tokens")[i] - (entropy if "end_entropy" in known else 0)
+        trial -= closing.margin if "end_margin" in known else 0
         tokens, steps = tokens + trial, steps + trial - closing.full
     return tokens, steps
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from langchain_earlyexit.lab.calibrate import first_exits
-from langchain_earlyexit.lab.collect import live_kinds, read_meta, read_traces, refuse_other_kinds
+from langchain_earlyexit.lab.collect import live_kinds, read_meta, read_traces, refuse_other_kinds, subjects
 from langchain_earlyexit.lab.judge import Judge
 from langchain_earlyexit.lab.outcomes import ORACLE, Closing, Outcome, ended, left_at, replayed
 from langchain_earlyexit.lab.statistics import auroc
@@ -37,12 +37,14 @@ class Collection:
         meta: how they were collected.
         judge: of their form.
         look: how the live runs they stand for look.
+        about: texts of what they are about, see `collect.subjects`.
     """
 
     traces: tuple[Trace, ...]
     meta: Mapping[str, Any]
     judge: Judge
     look: str = "parallel"
+    about: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, path: str | Path, look: str = "parallel") -> Self:
@@ -57,7 +59,7 @@ class Collection:
         judge = Judge(meta["form"])
         traces = tuple(read_traces(path))
         judge.learn_traces(traces)
-        return cls(traces, meta, judge, look)
+        return cls(traces, meta, judge, look, frozenset(subjects(path).values()))
 
     @property
     def closing(self) -> Closing:
@@ -93,7 +95,7 @@ class Collection:
 
     def full(self) -> list[Outcome]:
         """Full thinking, as it ran."""
-        return [ended(trace) for trace in self.traces]
+        return [ended(trace, self.closing) for trace in self.traces]
 
     def run(self, policy: Policy) -> list[Outcome]:
         """What live runs with `policy` would give.
@@ -178,7 +180,7 @@ def oracle(traces: Collection, wanted: str = "right") -> list[Outcome]:
     found = []
     for trace in traces.traces:
         at = next((i for i in range(len(trace.checks)) if _wanted(traces, trace, i, wanted)), None)
-        found.append(ended(trace) if at is None else left_at(trace, at, traces.closing, ORACLE))
+        found.append(ended(trace, traces.closing) if at is None else left_at(trace, at, traces.closing, ORACLE))
     return found
 
 
@@ -192,7 +194,9 @@ def oracle_curve(traces: Collection) -> Curve:
     hits = 0
     dearer: list[int] = []  # per question that is wrong at its cheapest: what its cheapest right answer costs more
     for trace in traces.traces:
-        ways = [left_at(trace, i, traces.closing, ORACLE) for i in range(len(trace.checks))] + [ended(trace)]
+        ways = [left_at(trace, i, traces.closing, ORACLE) for i in range(len(trace.checks))] + [
+            ended(trace, traces.closing)
+        ]
         costs = [(way.output_tokens, not traces.right(trace, way.answer)) for way in ways]
         cheapest, wrong = min(costs)
         spent.append(cheapest)

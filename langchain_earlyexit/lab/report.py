@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from langchain_earlyexit.lab.live import FULL, NO_THINKING
 from langchain_earlyexit.lab.plot import accuracy_over_tokens, reliability_plot, standalone
 from langchain_earlyexit.lab.table import Evaluation, Interval, Row
 from langchain_earlyexit.record import COUNTS
@@ -126,7 +127,8 @@ def write(evaluation: Evaluation, out: str | Path) -> list[Path]:
 
 def _beside_budgets(evaluation: Evaluation) -> list[Row]:
     """Rows that the curve of fixed budgets does not stand for."""
-    in_curve = {p.label for curve in evaluation.curves if curve.role == "budget" for p in curve.points[1:-1]}
+    in_curve = {point.label for curve in evaluation.curves if curve.role == "budget" for point in curve.points}
+    in_curve -= {FULL.name, NO_THINKING.name}
     return [row for row in evaluation.rows if row.name not in in_curve]
 
 

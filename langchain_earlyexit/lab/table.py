@@ -249,7 +249,7 @@ class Table:
             helped=sum(now and not before for now, before in zip(mine.right, full.right, strict=True)),
             harmed=sum(before and not now for now, before in zip(mine.right, full.right, strict=True)),
             tokens={count: fmean(getattr(o, count) for o in found) for count in COUNTS},
-            saved=_saved(mine.tokens, full.tokens),
+            saved=saved(mine.tokens, full.tokens),
             over_budgets=self._over(mine),
             reasons=dict(sorted(Counter(o.reason for o in found).items())),
             seconds=seconds,
@@ -282,7 +282,7 @@ class Table:
         return Interval(*paired_bootstrap(mine.right, line))
 
 
-def _saved(mine: Sequence[int], full: Sequence[int]) -> Interval:
+def saved(mine: Sequence[int], full: Sequence[int]) -> Interval:
     """One minus the ratio of the means; its interval from the ratio's linear part, resampled by question."""
     mean = fmean(full)
     ratio = fmean(mine) / mean

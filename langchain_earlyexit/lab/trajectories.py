@@ -32,14 +32,13 @@ from tqdm import tqdm
 from langchain_earlyexit.asks import Asks
 from langchain_earlyexit.chat_models import ChatEarlyExit
 from langchain_earlyexit.engines.program import Event, Program
-from langchain_earlyexit.lab.collect import FORMAT, Asked, Summary, Writer, read_traces, seed_of, write_meta
+from langchain_earlyexit.lab.collect import Asked, Summary, Writer, measured, meta_of, read_traces, seed_of, write_meta
 from langchain_earlyexit.lab.exits import Collected, answering_everywhere, watching
-from langchain_earlyexit.lab.lines import mended, note_done, note_planned, read_lines
+from langchain_earlyexit.lab.lines import RUNS, mended, note_done, note_planned, read_lines
 from langchain_earlyexit.policies import Never
 from langchain_earlyexit.replies import Call
 from langchain_earlyexit.request import Request
 from langchain_earlyexit.self_consistency import answer_in
-from langchain_earlyexit.signals import MEASURED
 from langchain_earlyexit.trace import Trace
 
 Model = Runnable[LanguageModelInput, AIMessage]
@@ -50,7 +49,6 @@ AT_ONCE: Final = 24
 """Runs in flight. What comes out does not depend on it."""
 
 _FLUSH_SECONDS: Final = 20.0
-RUNS: Final = "runs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -124,20 +122,9 @@ class WatchedModel(ChatEarlyExit):
         asks, bound = Asks.of(kwargs), self._bind()
         kinds = bound.cues.primary if self._kinds is None else self._kinds
         plain = bound.request(messages, settings, asks)
-        one_token = bound.tags is not None and bound.codec.single(bound.tags.end) is not None
-        signals = (MEASURED if one_token else MEASURED - {"end_margin"}) | ({"p_safe"} if bound.probe else set())
-        request = replace(plain, policy=watching(frozenset(signals), kinds))
-        meta = {
-            "format": FORMAT,
-            "model": self.model,
-            "binds": bound.call_fingerprint(messages, settings, request, asks),
-            "form": request.form.name,
-            "kinds": sorted(kinds),
-            "signals": sorted(signals),
-            "depths": list(self._depths),
-            "closing": {"full": len(request.closing), "bare": len(request.bare_closing)},
-            "learned": [] if bound.probe is None else bound.probe.learned,
-        }
+        request = replace(plain, policy=watching(measured(bound), kinds))
+        binds = bound.call_fingerprint(messages, settings, request, asks)
+        meta = meta_of(self.model, binds, request, kinds, self._depths)
         name = f"earlyexit-{uuid.uuid4()}"
         question = messages[-1].text
 
@@ -324,7 +311,7 @@ class _Files:
             self.metas[node], self.writers[node] = meta, Writer(path)
         if meta != self.metas[node]:
             other = sorted(name for name in meta if meta[name] != self.metas[node].get(name))
-            raise TypeError(
+            raise ValueError(
                 f"calls of the node {node!r} are not asked alike ({', '.join(other)} differ), so no one rule is for "
                 "all of them: give the graph a node for each kind of call"
             )

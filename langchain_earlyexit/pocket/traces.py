@@ -236,7 +236,6 @@ class Text:
     tail: tuple[Segment, ...] = ()
     cut_share: float | None = None
     """Where between the start of thinking and the end of the pieces to cut, by tokens; None keeps all."""
-    prompt_segments: int = 1
 
 
 def _exit(answer: str, rng: random.Random) -> tuple[Segment, ...]:

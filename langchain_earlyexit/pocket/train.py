@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from tqdm import tqdm
 
-from langchain_earlyexit.pocket import checkpoints
+from langchain_earlyexit.pocket import CONTEXT_LENGTH, checkpoints
 from langchain_earlyexit.pocket import tokenizer as pocket_tokenizer
 from langchain_earlyexit.pocket.curriculum import EARLY_SHARE, FAMILIES, REFRESH_AT, TOKENS, draw_lesson, early_guesser
 from langchain_earlyexit.pocket.evaluate import quick_ability_scores, quick_scores
@@ -34,7 +34,6 @@ from langchain_earlyexit.pocket.forward import Weights, generate, hidden_states,
 from langchain_earlyexit.pocket.problems import Problem, draw, sample
 from langchain_earlyexit.pocket.traces import Guesser, Text, opening, prompt
 
-CONTEXT = 2048
 CHUNK = 768
 """Texts that are drawn at once and sorted by length."""
 LONGEST = 1800
@@ -76,7 +75,7 @@ def new_model(recipe: Recipe, vocabulary: int) -> Any:
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
         head_dim=recipe.head_dim,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=CONTEXT_LENGTH,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -356,7 +355,7 @@ def export(model: Any, tokenizer: Any, directory: Path) -> None:
     config = directory / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     (directory / "model.safetensors").chmod(0o644)
-    pocket_tokenizer.pretrained(tokenizer, CONTEXT).save_pretrained(directory)
+    pocket_tokenizer.pretrained(tokenizer, CONTEXT_LENGTH).save_pretrained(directory)
 
 
 def train(recipe: Recipe, out: Path, warm_start: Path | None = None) -> Path:

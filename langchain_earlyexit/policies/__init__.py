@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from langchain_earlyexit.policies.looking import DECISION_POINTS
-from langchain_earlyexit.policies.policy import FirstOf, Never, Policy, needs_at, replay, wanted_kinds
+from langchain_earlyexit.policies.policy import FirstOf, Never, Policy, leaves_of, needs_at, replay, wanted_kinds
 from langchain_earlyexit.policies.staged import ProbeThenTrial
 from langchain_earlyexit.policies.states import EAT, LYNX, ThinkBrake
 from langchain_earlyexit.policies.trials import DEER, AnswerConvergence, CoDEStop, GiveUp
@@ -31,6 +31,7 @@ __all__ = [
     "Policy",
     "ProbeThenTrial",
     "ThinkBrake",
+    "leaves_of",
     "needs_at",
     "policy_from_name",
     "replay",

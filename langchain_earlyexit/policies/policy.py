@@ -55,7 +55,7 @@ def needs_at(policy: Policy, kind: str, signals: Mapping[str, float] | None = No
         kind: of the check.
         signals: what has been measured there, for policies that ask for the rest by it; None for all that may be read.
     """
-    leaves = [leaf for leaf in _leaves(policy) if kind in leaf.looks]
+    leaves = [leaf for leaf in leaves_of(policy) if kind in leaf.looks]
     wanted = (leaf.asks(signals) if signals is not None and isinstance(leaf, Staged) else leaf.needs for leaf in leaves)
     return frozenset().union(*wanted)
 
@@ -72,12 +72,13 @@ def wanted_kinds(policy: Policy, primary: frozenset[str], offered: frozenset[str
         For each policy within: its kinds among the primary ones, or, if there are none, among those offered. Thus a
         policy that could use paragraphs stays with the cue words of a model that has them.
     """
-    return frozenset().union(*((leaf.looks & primary) or (leaf.looks & offered) for leaf in _leaves(policy)))
+    return frozenset().union(*((leaf.looks & primary) or (leaf.looks & offered) for leaf in leaves_of(policy)))
 
 
-def _leaves(policy: Policy) -> list[Policy]:
+def leaves_of(policy: Policy) -> list[Policy]:
+    """The policies that it is made of, however deep; itself where it is one."""
     if isinstance(policy, FirstOf):
-        return [leaf for member in policy.policies for leaf in _leaves(member)]
+        return [leaf for member in policy.policies for leaf in leaves_of(member)]
     return [policy]
 
 
