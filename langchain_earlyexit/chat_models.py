@@ -410,13 +410,22 @@ class ChatEarlyExit(Tooled, Copied, Fields):
 
     async def _astart(self, messages: list[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Call:
         """`_start` in a thread: it may load weights, and tokenizes. A cancelled caller leaves nothing running."""
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start, messages, stop, kwargs))
-        try:
-            return await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            starting.add_done_callback(self._forget)
-            raise
+        lock, started, left = threading.Lock(), list[Call](), threading.Event()
 
-    def _forget(self, starting: asyncio.Future[Call]) -> None:
-        if not starting.cancelled() and starting.exception() is None:
-            self._end(starting.result())
+        def start() -> Call:
+            call = self._start(messages, stop, kwargs)
+            with lock:
+                started.append(call)
+            if left.is_set():
+                self._end(call)
+            return call
+
+        try:
+            return await asyncio.to_thread(start)
+        except asyncio.CancelledError:
+            # The thread goes on, and nobody may be there to be told when it is done: the loop may be closed by then.
+            with lock:
+                left.set()
+            for call in started:
+                self._end(call)
+            raise

@@ -151,6 +151,7 @@ class Claims:
             yield Claim(step, None, holds, {})
             return
         with self._lock:
+            self._drop_rerun(place)
             earlier = self._earlier(place)
             mine = Claim(step, place, holds, _entries_of(earlier))
             _refuse(mine, [claim for claim in self._runs.get(place.run, ()) if _unseen(claim, mine, ledger)])
@@ -169,6 +170,16 @@ class Claims:
             self._forget(mine)
             for claim in earlier:  # they are in the ledger now
                 claim._failed = False
+
+    def _drop_rerun(self, place: Place) -> None:
+        """Forget what this task has done when it ran before: a graph that runs its step anew has discarded it."""
+        began = place.began
+        known = self._runs.get(place.run, [])
+        known[:] = [
+            claim for claim in known
+            if not claim._entries or claim._failed or claim.place is None or claim.place.levels != place.levels
+            or began is None or claim.place.began is None or claim.place.began >= began
+        ]  # fmt: skip
 
     def _forget(self, claim: Claim) -> None:
         """What has spent nothing, since it failed or was answered without a model, is forgotten."""

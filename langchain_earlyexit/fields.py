@@ -145,7 +145,9 @@ class Fields(BaseChatModel):
         """The rest of the cache key. Classes and tools stand in it as what they ask for: two may have one name."""
         asked = {name: value for name, value in kwargs.items() if name in ASKED}
         rest = {name: value for name, value in kwargs.items() if name not in ASKED}
-        return super()._get_llm_string(stop, **rest, **({"asks": repr(Asks.of(asked))} if asked else {}))
+        # Two servers may have one name for two sets of weights. Not among what traces tell: an address may hold a key.
+        where = {} if self.base_url is None else {"base_url": self.base_url}
+        return super()._get_llm_string(stop, **rest, **where, **({"asks": repr(Asks.of(asked))} if asked else {}))
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)

@@ -166,6 +166,12 @@ class Source:
 SOURCE_NAMES = tuple(field.name for field in fields(Source))
 
 
+class _Hold:
+    """What a shared engine is held by; gone or released, it holds nothing."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Loaded:
     """What was loaded from one source: nothing before the first call, and nothing after it was closed.
 
@@ -178,6 +184,7 @@ class Loaded:
         self.bound: Binding | None = None
         self.promises: Promises | None = None
         self._calibration: Calibration | None = None
+        self._hold = _Hold()
         # Held for as long as weights load: nothing that an event loop runs may ever wait for it.
         self._lock = threading.Lock()
 
@@ -206,21 +213,25 @@ class Loaded:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Forget what is loaded. The block ends its calls; then a shared engine is given back."""
+        """Forget what is loaded. The block ends its calls; then a shared engine is given back.
+
+        What is loaded meanwhile has a hold of its own.
+        """
         with self._lock:
+            held, self._hold = self._hold, _Hold()
             self.bound = self._calibration = None
         yield
-        release(self)
+        release(held)
 
     def _load(self, source: Source) -> Binding:
         probe, promises = source.load_probe(), source.load_promises()  # first: a wrong path is told at once
-        engine = source.load_engine(self)
+        engine = source.load_engine(self._hold)
         try:
             bound = Binding.of(engine, probe)
             if promises is not None:
                 promises.refuse_other_model(bound)
         except BaseException:
-            release(self)
+            release(self._hold)
             raise
         self.promises, self.bound = promises, bound  # bound last: others read it without the lock
         return bound

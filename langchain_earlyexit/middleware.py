@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, cast, get_args
 
 from langchain_core.messages import AIMessage
 from langchain_core.runnables.config import RunnableConfig, var_child_runnable_config
+from langchain_core.runnables.retry import RunnableRetry
 from langgraph.types import Command
 
 from langchain_earlyexit.agent_steps import (
@@ -45,11 +46,14 @@ from langchain_earlyexit.ledger import (
     risk_of,
 )
 from langchain_earlyexit.node import claimed, closed, limits_of, tell, tell_step, told_of, turn_of, unwrapped, with_lost
+from langchain_earlyexit.policies import Never
 from langchain_earlyexit.record import KEY
+from langchain_earlyexit.settings import as_policy
 
 # isort: split
 from langchain.agents.middleware import TracePolicy, omit_payload
 from langchain.agents.middleware.types import AgentMiddleware, ExtendedModelResponse, ModelRequest, ModelResponse
+from langchain.agents.structured_output import StructuredOutputError
 
 __all__ = [
     "BudgetedAgentState",
@@ -163,7 +167,7 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
     def check(self, model: Any) -> None:
         """Raise ValueError where `model` cannot serve the confidence that its steps will ask for."""
         for level in _values(self._confidence):
-            model, _ = unwrapped(model)
+            model, *_ = unwrapped(model)
             if not isinstance(model, ChatEarlyExit):
                 raise ValueError(
                     f"confidence={level} needs a ChatEarlyExit with a calibration; {type(model).__name__} never exits "
@@ -199,20 +203,20 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         notice, asked, spend, claim = self._asked(request)
         if notice is not None:
             return notice
-        with _in_metadata(spend), claim as held:
+        with self._as_configured(request, spend), claim as held, self._refused(request, spend, held):
             return self._answered(request, handler(asked), spend, held)
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> AIMessage | ExtendedModelResponse[Any]:
         """Call the model within its budget."""
-        chat, _ = unwrapped(request.model, _config())
+        chat, *_ = unwrapped(request.model, _config())
         if isinstance(chat, ChatEarlyExit) and (chat.calibration is not None or self._risks(request)):
             await asyncio.to_thread(chat.load_calibration)  # a file: not to be read in the loop
         notice, asked, spend, claim = self._asked(request)
         if notice is not None:
             return notice
-        with _in_metadata(spend), claim as held:
+        with self._as_configured(request, spend), claim as held, self._refused(request, spend, held):
             return self._answered(request, await handler(asked), spend, held)
 
     def _asked(
@@ -221,7 +225,7 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         """What ends the run instead, or None; the request as the model gets it; its entry so far; its claim to that."""
         state = cast("dict[str, Any]", request.state)
         config = _config()
-        model, bound = unwrapped(request.model, config)
+        model, bound, _ = unwrapped(request.model, config)
         if isinstance(model, ChatEarlyExit) and model is not request.model:
             # What stands around it would hide that it is one, and steps that must not be cut would be.
             request = request.override(model=model, model_settings={**bound, **request.model_settings})
@@ -234,8 +238,10 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
             caps.append(share_of(kind, budget, ledger))
         cap = min(caps) if caps else None
         epsilon, heuristic = self._risk_of(kind, request, risk, ledger)
-        if epsilon and isinstance(request.model, ChatEarlyExit) and not request.model.serves(1 - epsilon):
-            epsilon = 0.0  # so strict that nothing is certified for it: full thinking keeps to it too
+        if epsilon and isinstance(request.model, ChatEarlyExit):
+            never = as_policy(request.model_settings.get("exit_policy")) == Never()
+            if never or not request.model.serves(1 - epsilon):
+                epsilon = 0.0  # so strict that nothing is certified for it: full thinking keeps to it too
         spend = opened(
             kind, budget, risk, within="|".join(around), node="model", turn=turn_of(state), model=_name(request.model),
             cap=cap, epsilon=epsilon or 0.0, heuristic=heuristic,
@@ -246,7 +252,8 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
             return self._spent(budget, ledger), request, spend, claimed(spend, budget, risk, ledger, config)
         settings = dict(request.model_settings)
         if epsilon is not None and isinstance(request.model, ChatEarlyExit):
-            settings |= {"confidence": 1 - epsilon} if epsilon > 0 else {"confidence": None, "exit_policy": "never"}
+            cut = {"confidence": 1 - epsilon, "exit_policy": None}  # a bound policy would be a second word for it
+            settings |= cut if epsilon > 0 else {"confidence": None, "exit_policy": "never"}
         elif epsilon:
             spend["epsilon"] = 0.0
             self._cannot(f"{_name(request.model)} never exits early, so its steps cannot be cut at any confidence")
@@ -279,6 +286,32 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
         spent = _spent_in_this_node(request.state)
         spent.update(merge_ledgers(spent, {**claim.lost, **fresh}))
         return ExtendedModelResponse(response, Command(update={"ledger": dict(spent)}))
+
+    @contextmanager
+    def _refused(self, request: ModelRequest[Any], spend: Spend, claim: Claim) -> Iterator[None]:
+        """Book an answer that is refused as structured output: another try must not find the budget as it was."""
+        try:
+            yield
+        except StructuredOutputError as error:
+            message = error.ai_message
+            if message.id is not None:
+                key, entry = f"{spend['step']}/{message.id}", self._entry(spend, message)
+                claim.spent(key, entry)
+                _spent_in_this_node(request.state)[key] = entry
+                tell({"event": "early_exit.spent", **entry})
+            raise
+
+    @contextmanager
+    def _as_configured(self, request: ModelRequest[Any], spend: Spend) -> Iterator[None]:
+        """Runs that begin inside have the configuration bound to the model, and say which step they are."""
+        if isinstance(request.model, RunnableRetry):
+            self._warn("the retries of with_retry() are passed over here; give the agent a ModelRetryMiddleware")
+        *_, config = unwrapped(request.model, _config())
+        token = var_child_runnable_config.set(told_of(spend, config))
+        try:
+            yield
+        finally:
+            var_child_runnable_config.reset(token)
 
     def _entry(self, spend: Spend, message: AIMessage) -> Spend:
         if KEY in message.response_metadata:
@@ -406,13 +439,3 @@ def _check_kinds(what: str, given: Any) -> None:
     odd = sorted(set(given) - set(KINDS)) if isinstance(given, Mapping) else []
     if odd:
         raise ValueError(f"{what} names {', '.join(odd)}, but the kinds of an agent's steps are {', '.join(KINDS)}")
-
-
-@contextmanager
-def _in_metadata(spend: Spend) -> Iterator[None]:
-    """Runs that begin inside say in their metadata which step they are."""
-    token = var_child_runnable_config.set(told_of(spend, _config()))
-    try:
-        yield
-    finally:
-        var_child_runnable_config.reset(token)

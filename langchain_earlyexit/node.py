@@ -42,9 +42,10 @@ from langchain_earlyexit.ledger import (
 )
 from langchain_earlyexit.parts import known_as, part_of, part_of_risk
 from langchain_earlyexit.places import around_of, place_of
+from langchain_earlyexit.policies import Never
 from langchain_earlyexit.promises import CALIBRATION_KEY
 from langchain_earlyexit.record import KEY, from_cache
-from langchain_earlyexit.settings import Settings
+from langchain_earlyexit.settings import BUDGET_NAMES, Settings, as_policy
 
 _CLAIMS: Final = Claims()
 
@@ -117,7 +118,7 @@ def reasoning_node(
         reads: the prompt; when None `state["messages"]`, but for an earlier try of this step at their end.
         writes: what an answer, and the state it was asked in, add to the state; when None the answer goes to
             `messages`, where it takes the place of an earlier try of this step at their end.
-        keywords: further keywords of the call, such as a `seed`.
+        keywords: further keywords of the call, such as a `seed`; what the budget and the risk say comes before theirs.
         replaces: nodes whose last answer counts as an earlier try.
 
     Raises:
@@ -145,21 +146,23 @@ def reasoning_node(
         caps = [] if most is None else [most]
         if budget is not None:
             caps.append(int(allowance(step, budget, ledger) * share))
-        own = chat.call_settings(**bound).budget
+        said = {**bound, **more}
+        own = chat.call_settings(**said).budget
         if own is not None:
             caps.append(own)
         if caps:
-            asked |= chat.capped(min(caps), **{**bound, **more})
+            asked |= chat.capped(min(caps), **said)
         earlier = None if writes else _earlier_try(state, step, tries)
         again = earlier is not None and ledger[earlier[0]]["node"] == name
-        free = may_cut and not again  # what a policy once gave up on, it would give up on again
+        # What a policy once gave up on, it would give up on again; and one that is told never to leave keeps to that.
+        free = may_cut and not again and as_policy(said.get("exit_policy")) != Never()
         epsilon, heuristic = 0.0, False
         if risk is not None and free:
             epsilon, heuristic = risk_of(step, risk, ledger)
         if epsilon > 0 and not chat.serves(1 - epsilon):
             epsilon = 0.0  # so strict that nothing is certified for it: full thinking keeps to it too
         if epsilon > 0:
-            asked |= {"confidence": 1 - epsilon}
+            asked |= {"confidence": 1 - epsilon, "exit_policy": None}  # a bound one would be a second word for it
         elif risk is not None or not free:
             asked |= {"confidence": None, "exit_policy": "never"}
         replaced = [] if earlier is None else [earlier[1]]
@@ -171,7 +174,8 @@ def reasoning_node(
         if earlier is not None and again and not reads and not keywords:
             spend["retry_of"] = earlier[0]
         tell_step(spend, budget, ledger, None if budget is None else remaining(budget, ledger))
-        asked |= more
+        capped = {*BUDGET_NAMES, "reasoning_effort"} if "thinking_budget" in asked else set()
+        asked = {**{name: value for name, value in more.items() if name not in capped}, **asked}
         return _Asked(prompt, asked, spend, replaced, ledger, claimed(spend, budget, risk, ledger, config))
 
     def taken(state: State, message: AIMessage, asked: _Asked, claim: Claim) -> dict[str, Any]:
@@ -260,7 +264,7 @@ def question_of(state: State) -> str:
 
 def chat_of(model: Any, config: RunnableConfig | None = None) -> tuple[ChatEarlyExit, dict[str, Any]]:
     """The chat model that a call with this configuration comes to, and the keywords bound to it."""
-    under, bound = unwrapped(model, config)
+    under, bound, _ = unwrapped(model, config)
     if not isinstance(under, ChatEarlyExit):
         raise TypeError(
             f"a reasoning node sets thinking_budget and confidence, which only ChatEarlyExit (or one with keywords "
@@ -269,8 +273,8 @@ def chat_of(model: Any, config: RunnableConfig | None = None) -> tuple[ChatEarly
     return under, bound
 
 
-def unwrapped(model: Any, config: RunnableConfig | None = None) -> tuple[Any, dict[str, Any]]:
-    """What a call of `model` with this configuration comes to in the end, and the keywords bound to it on the way."""
+def unwrapped(model: Any, config: RunnableConfig | None = None) -> tuple[Any, dict[str, Any], RunnableConfig]:
+    """What a call of `model` with this configuration comes to in the end; the keywords and configuration it gets."""
     bound: dict[str, Any] = {}
     while not isinstance(model, ChatEarlyExit):
         if isinstance(model, RunnableBindingBase):
@@ -281,7 +285,7 @@ def unwrapped(model: Any, config: RunnableConfig | None = None) -> tuple[Any, di
             model, config = model.prepare(config)
         else:
             break
-    return model, bound
+    return model, bound, config or {}
 
 
 def _ledger(state: State) -> Ledger:

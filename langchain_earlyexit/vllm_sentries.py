@@ -376,7 +376,9 @@ def _query_starts() -> list[int] | None:
     if isinstance(found, list):
         raise RuntimeError("this pass runs as several micro-batches")
     if isinstance(found, dict):
-        found = next(iter(found.values()), None)
+        # Groups of layers have metadata of their own, and not all of them say it: linear attention does not.
+        every = list(found.values())
+        found = next((one for one in every if getattr(one, "query_start_loc", None) is not None), (every or [None])[0])
     starts = getattr(found, "query_start_loc", None)
     if found is not None and starts is None:
         raise RuntimeError(f"{type(found).__name__} does not say where sequences begin")

@@ -9,6 +9,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from engines_for_tests import hashed, settle
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler, UsageMetadataCallbackHandler
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
@@ -387,6 +388,36 @@ class TestBadInput:
             ChatEarlyExit(engine="vllm", base_url="http://localhost:1", cache_bytes=600_000)
         with pytest.raises(ValueError, match="cache_bytes"):
             ChatEarlyExit(cache_bytes=0)
+
+    def test_what_is_loaded_while_a_model_closes_is_its_own(self, pocket):
+        llm = ChatEarlyExit(model=pocket, max_tokens=8, temperature=0)
+        llm.load()
+        with llm._loaded.closing():
+            between = llm.load().engine
+        assert llm.invoke("2 + 2?").text
+        assert llm.load().engine is between
+        llm.close()
+
+    def test_a_caller_who_leaves_with_its_event_loop_while_the_call_starts_leaves_nothing_running(self, monkeypatch):
+        llm = ChatEarlyExit(engine=FunctionEngine(hashed), exit_policy="never")
+        inner, entered, go = llm._start, threading.Event(), threading.Event()
+
+        def slow(*given):
+            entered.set()
+            go.wait(10)
+            return inner(*given)
+
+        object.__setattr__(llm, "_start", slow)
+
+        async def leave():
+            asked = asyncio.ensure_future(llm.ainvoke("?"))
+            await asyncio.to_thread(entered.wait)
+            asked.cancel()
+            threading.Timer(0.2, go.set).start()
+            await asyncio.gather(asked, return_exceptions=True)
+
+        asyncio.run(leave())
+        settle(lambda: go.is_set() and not llm._calls and llm.load().engine.running == 0)
 
     def test_prompts_are_kept_for_those_that_begin_alike_unless_that_is_turned_off(self):
         for reuse in (True, False):

@@ -128,6 +128,17 @@ class TestOneAfterTheOther:
         for began in (1.0, 2.0, 3.0):
             spend(claims, place(("c", "a:1"), began=began), budget, {}, "a", 30)
 
+    def test_a_superstep_that_is_run_again_has_discarded_what_it_had_done(self):
+        claims, budget = Claims(), {"tokens": 30}
+        one, other = place(("c", "a:1"), began=1.0), place(("c", "b:1"), began=1.0)
+        spend(claims, one, budget, {}, "a", 15)
+        held = holds("b", budget, 15, None, 0.0, {})
+        with pytest.raises(OSError, match="lost"), claims.claimed("b", other, held, {}):
+            raise OSError("lost")
+        for again in (2.0, 3.0):
+            spend(claims, place(("c", "a:1"), began=again), budget, {}, "a", 15)
+        spend(claims, place(("c", "b:1"), began=3.0), budget, {}, "b", 15)
+
     def test_what_a_failed_attempt_spent_is_the_next_one_s_to_write(self):
         claims, budget, ledger = Claims(), {"tokens": 30}, {}
         first = place(("c", "a:1"))

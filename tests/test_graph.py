@@ -147,6 +147,12 @@ class TestTheNode:
         done = reasoning_node(talker(chatterer(9))).invoke({"messages": [HumanMessage("why?")]})
         assert done["messages"][0].text == "WHY?"
 
+    @pytest.mark.parametrize("said", [{"thinking_budget": 512}, {"reasoning_effort": "high"}, {"reasoning_budget": 3}])
+    def test_keywords_of_a_node_make_no_budget_larger(self, run, said):
+        node = one_node(talker(chatterer(30)), keywords=lambda state: said)
+        [spend] = entries(run(node, {**ASKED, "budget": {"tokens": 8}}))
+        assert spend["thinking"] == spend["cap"] == (3 if "reasoning_budget" in said else 8)
+
     def test_a_budget_that_is_no_dict_is_an_error_that_shows_one(self, run):
         with pytest.raises(ValueError, match=r"such as \{'tokens': 200\}.*got 200"):
             run(one_node(talker(chatterer(9))), {**ASKED, "budget": 200})
@@ -217,6 +223,16 @@ class TestRisk:
             assert model.metadata["asked"][-1] == {"confidence": told, "exit_policy": None}
         assert model.call_settings(**model.capped(4000)).reasoning_effort == "low"
         assert model.call_settings(**model.capped(5)).budget == 5
+
+    def test_takes_the_place_of_a_bound_policy_and_never_of_one_that_never_leaves(self, run):
+        model = promising(chatterer(9))
+        given = {**ASKED, "risk": {"epsilon": 0.1, "shares": {"think": 0.1}}}
+        for bound, told, epsilon in (("deer", 0.9, 0.1), ("never", None, 0)):
+            done = run(one_node(model.bind(exit_policy=bound)), given)
+            assert model.metadata["asked"][-1]["confidence"] == told
+            assert entries(done)[0]["epsilon"] == epsilon
+        run(one_node(model, keywords=lambda state: {"exit_policy": "deer"}), given)
+        assert model.metadata["asked"][-1] == {"confidence": 0.9, "exit_policy": None}
 
     def test_that_nothing_is_certified_for_is_no_cut(self, run):
         model = promising(chatterer(9), strictest=0.02)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelCallLimitMiddleware, ModelRetryMiddleware
-from langchain.agents.structured_output import ToolStrategy
+from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import ConfigurableField
@@ -24,7 +24,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Send
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from langchain_earlyexit import init_chat_model
 from langchain_earlyexit.graph import ReasoningState, branches, create_budgeted_agent, reasoning_node, run_guarantee
@@ -265,6 +265,40 @@ class TestSpendIsNeitherLostNorCountedTwice:
         assert of_steps(run(agent, ASK), "thinking") == [THOUGHT] * 3
         assert len(tries) == 4
 
+    def test_an_answer_that_is_refused_as_structured_output_counts_as_well(self, run):
+        class Total(BaseModel):
+            total: int
+
+            @field_validator("total")
+            @classmethod
+            def large(cls, total):
+                raise ValueError(f"{total} is too small")
+
+        caps = []
+
+        class Caps(BaseCallbackHandler):
+            def on_chat_model_start(self, serialized, messages, *, metadata=None, **kwargs):
+                caps.append(metadata["early_exit_cap"])
+
+        model = chat(lambda turns: ("thinking\n" * 3, '{"total": 5}'))
+        retry = ModelRetryMiddleware(max_retries=1, initial_delay=0, jitter=False)
+        agent = create_budgeted_agent(model, [], budget=90, middleware=[retry], response_format=ProviderStrategy(Total))
+        run(agent, ASK, {"callbacks": [Caps()]})
+        assert len(caps) == 2
+        assert caps[1] < caps[0], "the second try knew what the first had spent"
+
+    def test_what_is_bound_to_the_model_as_configuration_reaches_its_runs(self, run):
+        seen = []
+
+        class Seen(BaseCallbackHandler):
+            def on_chat_model_start(self, serialized, messages, *, tags=None, metadata=None, **kwargs):
+                seen.append((tags, metadata["early_exit_step"], metadata.get("mine")))
+
+        model = chat().with_config(callbacks=[Seen()], tags=["quiet"], metadata={"mine": 1})
+        run(create_budgeted_agent(model, [add, double], budget=300), ASK)
+        assert [step for _, step, _ in seen] == ["planning", "routine", "routine"]
+        assert all("quiet" in tags and mine == 1 for tags, _, mine in seen)
+
     def test_an_answer_that_an_outer_middleware_throws_away_counts_as_well(self, run):
         class Twice(AgentMiddleware):
             def wrap_model_call(self, request, handler):
@@ -363,6 +397,12 @@ class TestConfidence:
         done = run(create_budgeted_agent(model, tools, **limits), given, context=context)
         levels = [one["confidence"] for one in model.metadata["asked"]]
         return [one if one is None else round(one, 9) for one in levels], of_steps(done, "epsilon")
+
+    def test_takes_the_place_of_a_bound_policy_and_never_of_one_that_never_leaves(self, run):
+        model = promising(workman)
+        for bound, told in (("deer", 0.9), ("never", None)):
+            run(create_budgeted_agent(model.bind(exit_policy=bound), [add, double], confidence=0.9), ASK)
+            assert {one["confidence"] for one in model.metadata["asked"][-3:]} == {told}
 
     def test_is_asked_for_by_kind_and_a_kind_without_is_never_cut(self, run):
         levels, risks = self.asked(run, confidence={"routine": 0.96}, budget=300)

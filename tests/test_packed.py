@@ -92,7 +92,7 @@ def off_by(core, plain, over=max):
     gaps = []
     for ids, row in walk(core):
         with torch.inference_mode():
-            gaps.append(np.abs(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].numpy() - row).max())
+            gaps.append(np.abs(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].float().numpy() - row).max())
     return over(gaps)
 
 
@@ -185,6 +185,15 @@ def test_a_recurrent_family_runs_separately_and_computes_the_same(family, caplog
     assert "failed on" not in caplog.text
     assert "one branch at a time" in caplog.text
     assert off_by(core, plain) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_starts_anew_when_several_tokens_follow_is_fed_one_by_one(dtype):
+    options = {"state_size": 8, "conv_kernel": 4, "expand": 2, "time_step_rank": 4}
+    model, plain = (tiny("Mamba", options).to(dtype) for _ in range(2))
+    core, path = local._choose(model)
+    assert path == "separate"
+    assert off_by(core, plain) < (1e-3 if dtype == torch.float32 else 0.5)
 
 
 @pytest.mark.parametrize("first", [3, 40])

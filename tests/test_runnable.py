@@ -400,6 +400,12 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."
 
 
 class TestCache:
+    def test_servers_of_one_name_do_not_answer_for_each_other(self):
+        first, second = (
+            ChatEarlyExit(model="m", engine="vllm", base_url=f"http://{host}:1")._get_llm_string() for host in "ab"
+        )
+        assert first != second
+
     @pytest.mark.filterwarnings("ignore:CoDEStop's tau is used uncalibrated")
     def test_equal_calls_are_answered_from_the_cache_and_others_are_not(self):
         steps = Steps()

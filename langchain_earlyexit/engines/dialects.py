@@ -19,6 +19,7 @@ all: the tail beyond a server's top 20 weighs tenths of a nat, as much as the ch
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from abc import ABC, abstractmethod
@@ -28,6 +29,8 @@ from typing import Any, ClassVar
 
 from langchain_earlyexit.sampling import Sampling, Token
 from langchain_earlyexit.sentry import ARGUMENT
+
+_LOG = logging.getLogger(__name__)
 
 _BAN = -100.0
 """What is added to a logit that may not win: as low as the OpenAI API goes. The engine checks that it was enough."""
@@ -177,7 +180,7 @@ class VLLM(Dialect):
         tokens = []
         for i, id_ in enumerate(ids):
             top = {int(name.rpartition(":")[2]): float(p) for name, p in told["top_logprobs"][i].items()}
-            tokens.append(_token(int(id_), float(told["token_logprobs"][i]), top, draw.wish))
+            tokens.append(_token(int(id_), float(told["token_logprobs"][i]), top, draw.wish, self.vocabulary))
         return Piece(tuple(tokens), choice.get("finish_reason") or "")
 
 
@@ -233,7 +236,7 @@ class SGLang(Dialect):
             logprob, id_ = drawn[i][:2]
             rows = [meta.get(name) or [] for name in ("output_top_logprobs", "output_token_ids_logprobs")]
             top = {int(row[1]): float(row[0]) for told in rows if i < len(told) for row in told[i] or ()}
-            tokens.append(_token(int(id_), float(logprob), top, draw.wish))
+            tokens.append(_token(int(id_), float(logprob), top, draw.wish, self.vocabulary))
         reason = meta.get("finish_reason") or {}
         return Piece(tuple(tokens), reason.get("type") or "")
 
@@ -279,7 +282,7 @@ class LlamaCpp(Dialect):
         tokens = []
         for told in data.get("completion_probabilities") or ():
             top = {int(other["id"]): float(other["logprob"]) for other in told["top_logprobs"]}
-            tokens.append(_token(int(told["id"]), float(told["logprob"]), top, draw.wish))
+            tokens.append(_token(int(told["id"]), float(told["logprob"]), top, draw.wish, self.vocabulary))
         ends = {"eos": "stop", "word": "stop", "limit": "length"}
         return Piece(tuple(tokens), ends.get(data.get("stop_type", ""), "") if data.get("stop") else "")
 
@@ -287,14 +290,18 @@ class LlamaCpp(Dialect):
 DIALECTS: Mapping[str, type[Dialect]] = {dialect.kind: dialect for dialect in (VLLM, SGLang, LlamaCpp)}
 
 
-def _token(id_: int, logprob: float, top: Mapping[int, float], wish: Wish) -> Token:
+def _token(id_: int, logprob: float, top: Mapping[int, float], wish: Wish, vocabulary: int) -> Token:
     """`top` holds what the server told beside the token itself: the likeliest ones, or those that are watched."""
     missing = [i for i in wish.watch if i not in top and i != id_]
     if missing:
         raise Unreadable(f"the server did not tell the log-probability of token {missing[0]}, which was asked for")
     known = {id_: logprob, **top}
     entropy = None
-    if wish.entropy:
+    if wish.entropy and 2 * len(known) < vocabulary:
+        # vLLM's V1 runner tells no row of a pass more than ids that are watched as soon as any row has such.
+        _LOG.warning("a server told %d of %d log-probabilities: no entropy was measured", len(known), vocabulary)
+        entropy = math.nan
+    elif wish.entropy:
         mass = sum(math.exp(p) for p in known.values())
         if mass < _LEAST_MASS:
             raise Unreadable(f"{len(known)} tokens hold {mass:.3f} of the probability, not the whole vocabulary")

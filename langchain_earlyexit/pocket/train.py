@@ -59,7 +59,7 @@ class Recipe:
     padded_tokens_per_step: int = 3600
     digit_weight: float = 3.0
     refresh_problems: int = 2500
-    checkpoint_minutes: float = 8.0
+    checkpoint_minutes: float = 12.0
     check_problems: int = 80
 
 
