@@ -292,6 +292,18 @@ def test_a_server_that_opens_its_streams_and_says_nothing_is_left_alone_too(serv
     engine.close()
 
 
+def test_failures_of_a_server_that_works_for_others_meanwhile_do_not_add_up():
+    circuit = Circuit(Patience(failures=2))
+    began = time.monotonic()
+    circuit.worked()
+    for _ in range(9):
+        circuit.broke(began)  # a burst of connections that came too late
+    assert not circuit.rest
+    for _ in range(2):
+        circuit.broke(time.monotonic())
+    assert circuit.rest
+
+
 def test_an_error_amid_a_stream_may_pass_whatever_code_it_has():
     server = Server("http://s", Circuit(Patience()))
     with pytest.raises(Fault, match="http://s failed: EngineCore died"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -98,6 +99,7 @@ class Circuit:
     patience: Patience
     failed: int = 0
     until: float = 0.0
+    well: float = 0.0
 
     @property
     def rest(self) -> float:
@@ -105,9 +107,12 @@ class Circuit:
         return max(0.0, self.until - time.monotonic())
 
     def worked(self) -> None:
-        self.failed, self.until = 0, 0.0
+        self.failed, self.until, self.well = 0, 0.0, time.monotonic()
 
-    def broke(self) -> None:
+    def broke(self, began: float = math.inf) -> None:
+        """A failure of a request that `began` then: of a server that has worked for others since, it says little."""
+        if began < self.well:
+            return
         self.failed += 1
         if self.failed >= self.patience.failures:
             self.until = time.monotonic() + self.patience.rest
@@ -153,13 +158,14 @@ class Wire:
             ValueError: what the server refuses, in its own words.
             LookupError: it knows no such path.
         """
+        began = time.monotonic()
         try:
             if body is None:
                 response = await self._client.get(server.url + path)
             else:
                 response = await self._client.post(server.url + path, json=body)
         except httpx.TransportError as error:
-            raise self._lost(server, error) from error
+            raise self._lost(server, error, began) from error
         self._judge(server, path, response)
         try:
             told = response.json()
@@ -175,6 +181,7 @@ class Wire:
             Fault: what may pass; also where the stream breaks off, or tells of an error.
             ValueError: what the server refuses, in its own words.
         """
+        began = time.monotonic()
         try:
             response = await self._opened(server.url + path, body)
             try:
@@ -190,7 +197,7 @@ class Wire:
             finally:
                 await asyncio.shield(self._closed(response))
         except httpx.TransportError as error:
-            raise self._lost(server, error) from error
+            raise self._lost(server, error, began) from error
 
     # A cancellation in the middle of opening or of closing a response would take its connection from the client's pool
     # for good, and once all are lost every request waits for ever. So neither is ever cut off.
@@ -220,8 +227,8 @@ class Wire:
         closing.add_done_callback(self._closing.discard)
         return closing
 
-    def _lost(self, server: Server, error: httpx.TransportError) -> Fault:
-        server.circuit.broke()
+    def _lost(self, server: Server, error: httpx.TransportError, began: float) -> Fault:
+        server.circuit.broke(began)
         return Fault(f"{server.url}: {type(error).__name__}{f' ({error})' if str(error) else ''}")
 
     def _judge(self, server: Server, path: str, response: httpx.Response) -> None:
