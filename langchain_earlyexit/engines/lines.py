@@ -43,7 +43,6 @@ class Source:
         seat: which of them it is now.
         meet: checks a server that was never asked before, and does nothing for others.
         context: most tokens that prompt and answer can have together, or None.
-        chunk: tokens of a request: as many for all requests of a server, for each request has a seed of its own.
     """
 
     wire: Wire
@@ -51,7 +50,6 @@ class Source:
     seat: Seat
     meet: Callable[[Server], Awaitable[object]]
     context: int | None
-    chunk: int = CHUNK
 
 
 class Line:
@@ -126,7 +124,7 @@ class Line:
             if self._most is not None:
                 await self._draw(self._most)
                 return
-            while await self._draw(self._source.chunk):
+            while await self._draw(CHUNK if self.wish.orders is None else WATCHED_CHUNK):
                 while len(self._ready) > _LOW:
                     self._read.clear()
                     await self._read.wait()

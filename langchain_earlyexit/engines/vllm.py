@@ -23,7 +23,7 @@ from langchain_earlyexit.engines.branches import Branches
 from langchain_earlyexit.engines.checkpoints import described, tokenizer_of
 from langchain_earlyexit.engines.dialects import DIALECTS, Dialect
 from langchain_earlyexit.engines.fleet import Fleet
-from langchain_earlyexit.engines.lines import CHUNK, WATCHED_CHUNK, Source
+from langchain_earlyexit.engines.lines import Source
 from langchain_earlyexit.engines.loops import Bell, LoopThread
 from langchain_earlyexit.engines.program import Done, Event, Inbox, Program, Sample, Step, Told
 from langchain_earlyexit.engines.servers import Known, meet
@@ -289,8 +289,7 @@ class VLLMEngine:
         run.placed = True
 
     def _source(self, ids: Sequence[int]) -> Source:
-        chunk = CHUNK if self.sentry is None else WATCHED_CHUNK
-        return Source(self._wire, self._dialect, self._fleet.seat(ids), self._meet, self.context_length, chunk)
+        return Source(self._wire, self._dialect, self._fleet.seat(ids), self._meet, self.context_length)
 
 
 def _advance(program: Program, inbox: Inbox | None) -> Step | None:

@@ -276,7 +276,7 @@ class TestWhatEveryEnginePromises:
             counted -= record["checks"] * record["forced_tokens"]  # what closes a trial's thinking is fed, not drawn
             trials += record["checks"]
         # What a server draws while a connection closes nobody is told of: a few tokens for each trial and exit.
-        assert counted <= drawn <= counted + 16 * (trials + len(messages))
+        assert counted <= drawn <= counted + 8 * (trials + len(messages))
 
 
 class TestTheServer:
