@@ -410,12 +410,11 @@ class ChatEarlyExit(Tooled, Copied, Fields):
 
     async def _astart(self, messages: list[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Call:
         """`_start` in a thread: it may load weights, and tokenizes. A cancelled caller leaves nothing running."""
-        lock, started, left = threading.Lock(), list[Call](), threading.Event()
+        started, left = list[Call](), threading.Event()
 
         def start() -> Call:
             call = self._start(messages, stop, kwargs)
-            with lock:
-                started.append(call)
+            started.append(call)  # then a look whether it is wanted, as the other side sets `left` and then looks here
             if left.is_set():
                 self._end(call)
             return call
@@ -424,8 +423,7 @@ class ChatEarlyExit(Tooled, Copied, Fields):
             return await asyncio.to_thread(start)
         except asyncio.CancelledError:
             # The thread goes on, and nobody may be there to be told when it is done: the loop may be closed by then.
-            with lock:
-                left.set()
+            left.set()
             for call in started:
                 self._end(call)
             raise

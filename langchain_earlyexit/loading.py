@@ -127,15 +127,10 @@ class Source:
             return self.probe
         return Probe.load(self.probe, token=self._token)
 
-    def load_promises(self) -> Promises | None:
-        """Those of the calibration that was named, if any was."""
-        if self.calibration is None:
-            return None
-        return Promises(self.read_calibration(self.calibration))
-
-    def read_calibration(self, where: Any) -> Calibration:
-        """See `promises.load_calibration`."""
-        return load_calibration(where, token=self._token)
+    def load_calibration(self) -> Calibration | None:
+        """The calibration that was named, or that lies beside the weights; None where there is none."""
+        where = self.calibration_beside() if self.calibration is None else self.calibration
+        return None if where is None else load_calibration(where, token=self._token)
 
     def probe_beside(self) -> Path | None:
         """Where a probe lies beside the weights, if none was named."""
@@ -207,8 +202,7 @@ class Loaded:
         """What calls with a confidence are served by; None where nothing does. Read once, without any weights."""
         found = self._calibration
         if found is None:
-            where = source.calibration_beside() if source.calibration is None else source.calibration
-            found = self._calibration = None if where is None else source.read_calibration(where)
+            found = self._calibration = source.load_calibration()
         return found
 
     @contextlib.contextmanager
@@ -224,7 +218,9 @@ class Loaded:
         release(held)
 
     def _load(self, source: Source) -> Binding:
-        probe, promises = source.load_probe(), source.load_promises()  # first: a wrong path is told at once
+        probe = source.load_probe()  # first: a wrong path is told at once
+        named = None if source.calibration is None else self.calibration(source)
+        promises = None if named is None else Promises(named)
         engine = source.load_engine(self._hold)
         try:
             bound = Binding.of(engine, probe)
@@ -243,9 +239,9 @@ class Loaded:
         with self._lock:
             bound = self.bound or bound  # another call may just have found what this one looks for
             calibration = None
-            unserved = settings.confidence is not None and self.promises is None
-            if unserved and (path := source.calibration_beside()) is not None:
-                calibration = load_calibration(path)
+            if settings.confidence is not None and self.promises is None:
+                calibration = self.calibration(source)
+            if calibration is not None:
                 policy = calibration.path[-1].policy
             reads = bound.probe is None and policy is not None and "p_safe" in policy.needs
             if reads and (where := source.probe_beside()) is not None:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Literal, cast, get_args
 
 from langchain_core.messages import AIMessage
+from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import RunnableConfig, var_child_runnable_config
 from langchain_core.runnables.retry import RunnableRetry
 from langgraph.types import Command
@@ -303,10 +304,16 @@ class ReasoningBudgetMiddleware(AgentMiddleware[ReasoningBudgetState, Any, Any])
 
     @contextmanager
     def _as_configured(self, request: ModelRequest[Any], spend: Spend) -> Iterator[None]:
-        """Runs that begin inside have the configuration bound to the model, and say which step they are."""
-        if isinstance(request.model, RunnableRetry):
-            self._warn("the retries of with_retry() are passed over here; give the agent a ModelRetryMiddleware")
-        *_, config = unwrapped(request.model, _config())
+        """Runs that begin inside say which step they are, and have the configuration of what `_asked` took off."""
+        config = _config()
+        model: Any = request.model
+        under, _, bound = unwrapped(model, config)
+        if isinstance(under, ChatEarlyExit):
+            config = bound
+            while isinstance(model, RunnableBindingBase):
+                if isinstance(model, RunnableRetry):
+                    self._warn("the retries of with_retry() are passed over here; give a ModelRetryMiddleware instead")
+                model = model.bound
         token = var_child_runnable_config.set(told_of(spend, config))
         try:
             yield

@@ -287,17 +287,20 @@ class TestSpendIsNeitherLostNorCountedTwice:
         assert len(caps) == 2
         assert caps[1] < caps[0], "the second try knew what the first had spent"
 
-    def test_what_is_bound_to_the_model_as_configuration_reaches_its_runs(self, run):
+    @pytest.mark.parametrize("foreign", [False, True])
+    def test_what_is_bound_to_the_model_as_configuration_reaches_its_runs_once(self, run, foreign):
         seen = []
 
         class Seen(BaseCallbackHandler):
             def on_chat_model_start(self, serialized, messages, *, tags=None, metadata=None, **kwargs):
-                seen.append((tags, metadata["early_exit_step"], metadata.get("mine")))
+                seen.append((tags, metadata["early_exit_step"]))
 
-        model = chat().with_config(callbacks=[Seen()], tags=["quiet"], metadata={"mine": 1})
-        run(create_budgeted_agent(model, [add, double], budget=300), ASK)
-        assert [step for _, step, _ in seen] == ["planning", "routine", "routine"]
-        assert all("quiet" in tags and mine == 1 for tags, _, mine in seen)
+        bare = Noting() if foreign else chat()
+        model = bare.with_config(callbacks=[Seen()], tags=["quiet"])
+        limits = ReasoningBudgetMiddleware(budget=300, unsupported_model_behavior="ignore")
+        run(create_agent(model, [] if foreign else [add, double], middleware=[limits]), ASK)
+        assert [step for _, step in seen] == (["final"] if foreign else ["planning", "routine", "routine"])
+        assert all("quiet" in tags for tags, _ in seen)
 
     def test_an_answer_that_an_outer_middleware_throws_away_counts_as_well(self, run):
         class Twice(AgentMiddleware):

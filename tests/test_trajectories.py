@@ -240,7 +240,8 @@ class TestCertifying:
             certify_rule(simulated([(0.9, True)] * 50), [{"step": DEER(0.5)}], 0.1)
 
     def test_a_probe_of_a_later_step_knows_the_runs_it_learned_from(self, collected):
-        assert set(subjects(node_path(collected, "step")).values()) == {question.question for question in QUESTIONS}
+        path = node_path(collected, "step")
+        assert set(subjects(path, read_traces(path)).values()) == {question.question for question in QUESTIONS}
 
     def test_runs_on_questions_that_the_probe_has_learned_from_are_refused(self):
         runs = simulated([(0.9, True)] * 50)

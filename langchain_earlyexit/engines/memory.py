@@ -44,14 +44,14 @@ class Memory:
         if self.page_bytes:
             ahead = max(ahead, _AHEAD // self.page_bytes)
         capacity = max(top, ahead if most is None else min(most, ahead))
-        try:
-            self._grow(capacity)
-        except (RuntimeError, MemoryError):
-            if capacity == top:
-                raise
-            capacity = 0
-        if not capacity:  # there is no room for more than what is needed now; out here the failed tensors are gone
-            self._grow(top)
+        for wanted in dict.fromkeys((capacity, top)):
+            try:
+                self._grow(wanted)
+            except (RuntimeError, MemoryError):
+                if wanted == top:
+                    raise  # else there may be room for what is needed now, and no more
+            else:
+                return
 
     def _grow(self, capacity: int) -> None:
         for tensors in (self.keys, self.values):

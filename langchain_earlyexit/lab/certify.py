@@ -54,7 +54,7 @@ def certify(
             "not drawn independently; certify a rule on whole runs (`lab.node_rules`), or collect questions"
         )
     refuse_other_kinds(policy, meta, repr(os.fspath(out)))
-    refuse_learned(policy, meta, subjects(out).values())
+    refuse_learned(policy, meta, subjects(out, traces).values())
     second: list[Trace] = []
     if again is not None:
         try:

@@ -142,13 +142,14 @@ def collect(
     if questions:
         # Also where nothing is left to ask: what is there may have been asked in another way.
         first = plan.first(questions, read_meta(path)["form"] if meta_path(path).exists() else None)
-        write_meta(path, plan.meta(llm.model, first), known=bool(known))
+        meta = plan.meta(llm.model, first)
+        write_meta(path, meta, known=bool(known))
     if left:
         note_planned(path, {question.id for question in questions})
         with (
             Writer(path) as writer,
             tqdm(total=len(questions), initial=len(questions) - len(left), unit="q", disable=not progress) as bar,
-            closing(plan.run(left, at_once, plan.request(first).form.name)) as runs,
+            closing(plan.run(left, at_once, meta["form"])) as runs,
         ):
             for question, found in runs:
                 if isinstance(found, ValueError):
@@ -455,9 +456,10 @@ def refuse_other_kinds(policy: Policy, meta: Mapping[str, Any], what: str) -> No
         )
 
 
-def subjects(out: str | os.PathLike[str]) -> dict[str, str]:
-    """By the question id of a trace, what it is about: its question, or that of the run which it is a call of."""
-    traces = read_traces(out)
+def subjects(out: str | os.PathLike[str], traces: Sequence[Trace]) -> dict[str, str]:
+    """By the question id of a collection's traces, what they are about: their question, or that of the run whose call
+    they are.
+    """
     runs: dict[str, str] = {}
     told = Path(out).with_name(RUNS)
     if read_meta(out).get("of_runs") and told.exists():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from langchain_earlyexit.lab.collect import refuse_learned
-from langchain_earlyexit.lab.live import FULL, NO_THINKING, Live, capped
+from langchain_earlyexit.lab.live import FULL, Live, arm_of
 from langchain_earlyexit.lab.paths import path_of
 from langchain_earlyexit.lab.replays import Collection, agreement, choose, curve, oracle, oracle_curve, reliability
 from langchain_earlyexit.lab.table import Aside, Curve, Evaluation, Point, Reliability, Row, Table
@@ -54,7 +54,9 @@ def evaluate(
     for policy in replayed.values():
         refuse_learned(policy, test.meta, test.about)
     full = next((run for run in live if run.arm == FULL.name), None)
-    budgets = [run for run in live if run.budget is not None and run.arm in _fixed(run.budget)]
+    # Those that are cut at a fixed number of tokens and do nothing else.
+    capped = [run for run in live if run.budget is not None and run.budget >= 0]
+    budgets = [run for run in capped if run.arm == arm_of(budget=run.budget).name]
     table = Table(test.full() if full is None else full.outcomes, test.judge, [run.outcomes for run in budgets])
     first = _live(table, full) if full else table.row(FULL.name, test.full(), policy="Never()", how="replayed")
     rows = [first, *(_live(table, run) for run in live if run is not full)]
@@ -64,20 +66,15 @@ def evaluate(
     for wanted in ("right", "same") if table.gold else ("same",):
         name = "oracle" if wanted == "right" else "oracle, same as full"
         rows.append(table.row(name, oracle(test, wanted), policy="knows the answer", how="oracle"))
-    capped = {run.arm for run in budgets}
+    fixed = {run.arm for run in budgets}
     return Evaluation(
         about={**_about(test, table), **(about or {})},
         rows=tuple(rows),
-        curves=(*_budget_curve(first, [row for row in rows if row.name in capped]), oracle_curve(test), *curves),
+        curves=(*_budget_curve(first, [row for row in rows if row.name in fixed]), oracle_curve(test), *curves),
         reliability=tuple(_reliability(test)),
         remarks=(*remarks, *_unknown(test)),
         asides=tuple(asides),
     )
-
-
-def _fixed(budget: int) -> tuple[str, ...]:
-    """Names of the arms that are cut at a fixed number of tokens and do nothing else."""
-    return () if budget < 0 else (NO_THINKING.name,) if budget == 0 else (capped(budget).name,)
 
 
 def codestop_curves(test: Collection, title: str = "") -> list[Curve]:

@@ -83,7 +83,7 @@ def examples(
     if not traces:
         raise ValueError(f"{os.fspath(out)!r} holds no hidden states; collect with depths")
     verdicts = _verdicts(traces, label, meta["form"])
-    about = subjects(out)
+    about = subjects(out, traces)
     parts = {str(trace.question_id): part_of(trace.question or str(trace.question_id), seed) for trace in traces}
     rows, safe, confidence, first, ids, part = [], [], [], [], [], []
     for trace, right in zip(traces, verdicts, strict=True):

@@ -59,7 +59,7 @@ class Collection:
         judge = Judge(meta["form"])
         traces = tuple(read_traces(path))
         judge.learn_traces(traces)
-        return cls(traces, meta, judge, look, frozenset(subjects(path).values()))
+        return cls(traces, meta, judge, look, frozenset(subjects(path, traces).values()))
 
     @property
     def closing(self) -> Closing:
