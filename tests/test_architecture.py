@@ -28,9 +28,9 @@ ROOMS = {
 }  # fmt: skip
 
 TORCH_AT_RUN_TIME = {
-    "engines.attention", "engines.identity", "engines.lean", "engines.local", "engines.memory", "engines.packed",
-    "engines.separate", "engines.taps", "engines.threads", "lab.peers", "lab.train", "vllm_plugin",
-    "vllm_sentries",
+    "engines.attention", "engines.identity", "engines.lean", "engines.local", "engines.matrices",
+    "engines.memory", "engines.packed", "engines.separate", "engines.taps", "engines.threads", "lab.peers", "lab.train",
+    "vllm_plugin", "vllm_sentries",
 }  # fmt: skip
 
 

@@ -157,6 +157,18 @@ def test_a_family_of_the_common_shape_runs_lean_and_its_modules_still_work(famil
     assert off_by(SeparateModel(model), plain) < 1e-3
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_weights_laid_out_for_the_processor_compute_the_same(family, dtype, tied):
+    options = {"attention_bias": True, "mlp_bias": True, "hidden_size": 640, "tie_word_embeddings": tied}
+    model, plain = (tiny(family, PACKABLE[family] | options).to(dtype) for _ in range(2))
+    core, _ = local._choose(model)
+    before = off_by(core, plain)
+    core.pack()
+    assert off_by(core, plain) <= max(1e-3, 1.5 * before)
+
+
 @pytest.mark.parametrize("broken", ["hook", "linear", "activation"])
 def test_a_model_that_was_changed_does_not_run_lean_and_computes_the_same(broken):
     model, plain = (tiny("Llama", {"hidden_act": "gelu"} if broken == "activation" else {}) for _ in range(2))

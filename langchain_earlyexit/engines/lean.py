@@ -1,9 +1,8 @@
 """The forward pass of Llama-shaped decoders as plain tensor operations on the stock model's own weights.
 
 Half the time of a small model's pass goes into module calls, projections that could be one, and rotary angles that
-are computed again and again. Here query, key and value are one matrix, gate and up are one, and the angles a table.
-Matrices lie in memory as products with few rows read them fastest. The stock model keeps working: its parameters become
-views of these matrices, so nothing is held twice.
+are computed again and again. Here query, key and value are one matrix, gate and up are one, and the angles a table. The
+stock model keeps working, as its parameters become views of these matrices, until `Lean.pack` takes them away.
 """
 
 from __future__ import annotations
@@ -17,29 +16,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from langchain_earlyexit.engines.attention import Pass
+from langchain_earlyexit.engines.matrices import Matrix
 
 _KINDS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 _FIRST_ANGLES = 1024
-_ALIAS, _PAD = 4096, 16
-"""Rows so many bytes apart fall into the same places of a processor's cache: these get so many numbers more."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer. Its matrices are [in, out]: what comes in stands at their left."""
+    """One layer."""
 
     windowed: Any  # whose `sliding_window` holds, which may be changed; None for a layer that never has one
     first_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Matrix
     qk_norm: Tensor | None  # [heads + kv heads, size]
-    out: Tensor
-    out_bias: Tensor | None
+    out: Matrix
     second_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Matrix
+    down: Matrix
 
     @property
     def window(self) -> int | None:
@@ -61,7 +55,7 @@ class Lean:
         everywhere = config if type(model).__name__ == "MistralForCausalLM" else None
         self._layers = [_layer(layer, everywhere) for layer in body.layers]
         self._norm = body.norm.weight
-        self._head, self._head_bias = _matrix(model.lm_head)
+        self._head = Matrix(model.lm_head)
         self._embedding = body.embed_tokens.weight  # a view of the head by now, where the two are tied
         self._rotary = body.rotary_emb
         self._angles: Tensor = self._embedding.new_empty(0)
@@ -90,6 +84,14 @@ class Lean:
                 return None
         return cls(model)
 
+    def pack(self) -> None:
+        """Lay the matrices out as this processor reads them best. The stock model cannot compute any more after that:
+        nothing large is held twice.
+        """
+        matrices = [m for layer in self._layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        for matrix in (*matrices, self._head):
+            matrix.pack(self._embedding)
+
     def run(
         self, ids: Tensor, positions: Tensor, longest: int, last: Tensor | None, run: Pass, wanted: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -112,22 +114,20 @@ class Lean:
         count, heads, both, size = len(ids), self._heads, self._heads + self._kv, self._size
         seen = {}
         for index, layer in enumerate(self._layers):
-            qkv = _product(self._normed(x, layer.first_norm), layer.qkv, layer.qkv_bias)
-            qkv = qkv.view(count, both + self._kv, size)
+            qkv = layer.qkv.after(self._normed(x, layer.first_norm)).view(count, both + self._kv, size)
             qk = qkv[:, :both]
             if layer.qk_norm is not None:
                 qk = self._normed(qk, layer.qk_norm)
             qk = torch.mul(qk, cos).addcmul_(qk.roll(size // 2, -1), sin)
             found = run.attend(index, qk[:, :heads], qk[:, heads:], qkv[:, both:], self._scale, layer.window)
-            x = x + _product(found.reshape(count, -1), layer.out, layer.out_bias)
-            gate_up = _product(self._normed(x, layer.second_norm), layer.gate_up, layer.gate_up_bias)
-            gate, up = gate_up.chunk(2, dim=-1)
-            x = x + _product(functional.silu(gate).mul_(up), layer.down, layer.down_bias)
+            x = x + layer.out.after(found.reshape(count, -1))
+            gate, up = layer.gate_up.after(self._normed(x, layer.second_norm)).chunk(2, dim=-1)
+            x = x + layer.down.after(functional.silu(gate).mul_(up))
             if index in wanted:
                 seen[index] = x.unsqueeze(0)
         if last is not None:
             x = x[last]
-        return _product(self._normed(x, self._norm), self._head, self._head_bias), seen
+        return self._head.after(self._normed(x, self._norm)), seen
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """Root mean square normalisation over the last axis, in float32 as the stock models do it."""
@@ -156,50 +156,13 @@ def _layer(layer: Any, windowed: Any) -> _Layer:
             projection.out_features // attention.head_dim for projection in (attention.q_proj, attention.k_proj)
         )
         norm = torch.cat((attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv, -1)))
-    qkv, qkv_bias = _matrix(attention.q_proj, attention.k_proj, attention.v_proj)
-    out, out_bias = _matrix(attention.o_proj)
-    gate_up, gate_up_bias = _matrix(mlp.gate_proj, mlp.up_proj)
-    down, down_bias = _matrix(mlp.down_proj)
     return _Layer(
         windowed=attention if hasattr(attention, "sliding_window") else windowed,
         first_norm=layer.input_layernorm.weight,
-        qkv=qkv,
-        qkv_bias=qkv_bias,
+        qkv=Matrix(attention.q_proj, attention.k_proj, attention.v_proj),
         qk_norm=norm,
-        out=out,
-        out_bias=out_bias,
+        out=Matrix(attention.o_proj),
         second_norm=layer.post_attention_layernorm.weight,
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=down,
-        down_bias=down_bias,
+        gate_up=Matrix(mlp.gate_proj, mlp.up_proj),
+        down=Matrix(mlp.down_proj),
     )
-
-
-def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
-
-
-def _matrix(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """One matrix [in, out] for all projections of the same input, whose own weights become views of it; their bias.
-
-    A product of one to three rows with a float32 matrix that is no taller than wide takes half to three quarters of the
-    time when the matrix lies in memory row by row of [in, out]; one of many rows takes as long either way (one thread
-    of MKL on AVX-512; 192 and 576 wide, vocabularies of 1,312 and 49,152).
-    """
-    with torch.no_grad():
-        weight = parts[0].weight.data if len(parts) == 1 else torch.cat([part.weight for part in parts])
-        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        matrix = weight.t()
-        if weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.shape[0] >= weight.shape[1]:
-            width = weight.shape[0]
-            padded = width + _PAD if width * weight.element_size() % _ALIAS == 0 else width
-            matrix = weight.new_empty(weight.shape[1], padded)[:, :width].copy_(matrix)
-        start = 0
-        for part in parts:
-            end = start + part.out_features
-            part.weight.data = matrix[:, start:end].t()
-            if bias is not None:
-                part.bias.data = bias[start:end]
-            start = end
-    return matrix, bias

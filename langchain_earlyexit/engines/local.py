@@ -23,7 +23,7 @@ from langchain_earlyexit.engines.packed import PackedModel
 from langchain_earlyexit.engines.pages import PAGE
 from langchain_earlyexit.engines.scheduler import ScheduledEngine
 from langchain_earlyexit.engines.separate import SeparateModel
-from langchain_earlyexit.engines.threads import FEW, Threads, timed
+from langchain_earlyexit.engines.threads import FEW, Threads, apart, timed
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +84,14 @@ def load(settings: LocalSettings) -> ScheduledEngine:
         FileNotFoundError: when a local directory holds no weights, or more than one GGUF file.
         ValueError: when neither a directory nor a hub model of this name can be loaded.
     """
+    # What computes on the way would keep threads for the rest of the caller's life: see `threads`.
+    engine, core = apart(lambda: _load(settings))
+    if isinstance(core, PackedModel):
+        core.threads = _threads_for(core)
+    return engine
+
+
+def _load(settings: LocalSettings) -> tuple[ScheduledEngine, Model]:
     from transformers import AutoTokenizer
 
     where, gguf = _locate(settings.model)
@@ -112,21 +120,23 @@ def load(settings: LocalSettings) -> ScheduledEngine:
     generation = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
     core, path = _choose(model)
     limit = settings.cache_bytes or _share_of_memory(model.device)
+    weights = identity(model)  # before they are packed
     if isinstance(core, PackedModel):
-        core.threads = _threads_for(core)
+        core.pack()
         core.bound(limit, reuse=settings.reuse_prompts)
     else:
         core.bound(limit)
-    return ScheduledEngine(
+    engine = ScheduledEngine(
         core,
         tokenizer,
         name=f"transformers/{path}",
         context_length=getattr(config, "max_position_embeddings", None),
         family_hints=(settings.model, str(config.model_type), *(model.config.architectures or ())),
         generation_defaults=generation,
-        identity=identity(model),
+        identity=weights,
         max_running=settings.max_running,
     )
+    return engine, core
 
 
 def _threads_for(core: PackedModel) -> Threads | None:

@@ -128,6 +128,12 @@ class PackedModel(Model):
         """Whether the lean form of the forward pass is used."""
         return self._lean is not None
 
+    @torch.inference_mode()
+    def pack(self) -> None:
+        """Lay the weights out for this processor, where the lean form is used. Nothing else can read them then."""
+        if self._lean is not None:
+            self._lean.pack()
+
     # --- caches -----------------------------------------------------------------------------------------------------
 
     def new(self) -> Cache:

@@ -1,17 +1,17 @@
-"""How many threads a pass computes with: one, where waiting for each other costs threads more than they share.
+"""How many threads a pass computes with: no more than pay.
 
 Of a small model every operation takes microseconds, and PyTorch's threads meet at the end of each. That is quick where
-they spin, but they sleep instead as soon as a process has more of them than there are cores: any other thread that has
-computed, such as the one that loaded the weights, has its own. On two cores the pocket reasoner then writes half as
-many tokens with two threads as with one; a larger model may lose by one row, and win by many. So both are timed once,
-when the weights are loaded, in a thread as the engine's own.
+they spin, but they sleep instead as soon as a process has more of them than there are cores: any thread that has
+computed keeps a team of its own until it ends. So weights are loaded `apart`, in a thread that ends, and both a pass of
+one row and one of many are timed once, in a thread as the engine's own.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,8 +22,9 @@ T = TypeVar("T")
 FEW = 8
 """Rows up to which a pass counts as small."""
 
-_CLEARLY = 0.9
-"""Share of the time of all threads that one must keep below: what is about equal stays as PyTorch has it."""
+_EQUAL = 1.1
+"""How many times as long as with the best number a pass may take with fewer threads: a core that spins for less than
+that is better left to others."""
 
 _LARGE = 0.05
 """Seconds of a pass from which on threads pay, and timing would not."""
@@ -59,23 +60,24 @@ def timed(few: Callable[[], object], many: Callable[[], object]) -> Threads | No
     if every == 1:
         return None
     try:
-        return _elsewhere(lambda: Threads(_better(few, every), _better(many, every)))
+        return apart(lambda: Threads(_best(few, every), _best(many, every)))
     finally:
         torch.set_num_threads(every)  # what threads that are yet to begin get
 
 
-def _better(run: Callable[[], object], every: int) -> int:
-    best = dict.fromkeys((every, 1), float("inf"))
-    for _ in range(_ROUNDS):  # in turn: a machine that grows slow for a while slows both
-        for count in best:
+def _best(run: Callable[[], object], every: int) -> int:
+    """The fewest of 1, 2, 4 ... threads that are about as quick as the quickest number."""
+    seconds = {every: float("inf")} | {1 << i: float("inf") for i in range((every - 1).bit_length())}
+    for _ in range(_ROUNDS):  # in turn: a machine that grows slow for a while slows all
+        for count in seconds:
             torch.set_num_threads(count)
             run()
             start = time.perf_counter()
             run()
-            best[count] = min(best[count], time.perf_counter() - start)
-            if best[every] > _LARGE:
+            seconds[count] = min(seconds[count], time.perf_counter() - start)
+            if seconds[every] > _LARGE:
                 return every
-    return 1 if best[1] < _CLEARLY * best[every] else every
+    return min(count for count, took in seconds.items() if took <= _EQUAL * min(seconds.values()))
 
 
 def _set(count: int) -> None:
@@ -85,12 +87,25 @@ def _set(count: int) -> None:
     """
     if torch.get_num_threads() == count:
         return
-    others = _elsewhere(torch.get_num_threads)
+    others = apart(torch.get_num_threads)
     torch.set_num_threads(count)
-    _elsewhere(lambda: torch.set_num_threads(others))
+    apart(lambda: torch.set_num_threads(others))
 
 
-def _elsewhere(run: Callable[[], T]) -> T:
-    """`run` in a thread that is new."""
-    with ThreadPoolExecutor(1) as threads:
-        return threads.submit(run).result()
+def apart(run: Callable[[], T]) -> T:
+    """`run` in a new thread that has ended, and its team with it, when this returns.
+
+    Whoever is interrupted while waiting (Ctrl-C) waits no longer; nobody reads what comes then.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            future.set_exception(error)
+
+    thread = threading.Thread(target=work, name="earlyexit-apart", daemon=True)
+    thread.start()
+    thread.join()
+    return future.result()

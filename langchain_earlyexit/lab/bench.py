@@ -26,6 +26,7 @@ from langchain_earlyexit.engines.local import LocalSettings, load
 from langchain_earlyexit.engines.packed import PackedModel
 from langchain_earlyexit.engines.pages import PAGE
 from langchain_earlyexit.engines.scheduler import ScheduledEngine
+from langchain_earlyexit.engines.threads import apart
 from langchain_earlyexit.lab.measured import Line, Resident, interleaved, ratio, resident_bytes
 from langchain_earlyexit.lab.peers import Plain, smollm2
 from langchain_earlyexit.lab.statistics import paired_bootstrap
@@ -186,7 +187,7 @@ def _batching(
 
 
 def _in_turn(chat: Any, prompts: Sequence[str]) -> Callable[[], object]:
-    return lambda: [chat.invoke([HumanMessage(prompt)]) for prompt in prompts]
+    return lambda: apart(lambda: [chat.invoke([HumanMessage(prompt)]) for prompt in prompts])
 
 
 def _each(ask: Callable[[list[Any]], object], parts: Sequence[list[Any]]) -> Callable[[], object]:

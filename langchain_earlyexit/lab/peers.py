@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from langchain_earlyexit.engines.threads import apart
 from langchain_earlyexit.pocket import weights_dir
 
 
@@ -40,11 +41,17 @@ def machine() -> str:
 class Plain:
     """A causal LM as `from_pretrained` gives it.
 
+    Whatever computes here does so in a thread that ends: PyTorch's threads that the caller's would keep make those of
+    whoever computes next sleep where they would spin.
+
     Args:
         model: "pocket", a hub id, a directory, or a GGUF file.
     """
 
     def __init__(self, model: str) -> None:
+        apart(lambda: self._load(model))
+
+    def _load(self, model: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         path = weights_dir() if model == "pocket" else Path(model)
@@ -56,12 +63,12 @@ class Plain:
         options.pop("dtype")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(where, **options)
 
-    @torch.inference_mode()
-    def generate(self, prompt: Sequence[int], length: int) -> None:
+    def generate(self, prompt: Sequence[int], length: int) -> Any:
         """Decode exactly `length` tokens greedily."""
         ids = torch.tensor([prompt])
-        self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, min_new_tokens=length
+        given = {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length}
+        return apart(
+            torch.inference_mode()(lambda: self.model.generate(ids, attention_mask=torch.ones_like(ids), **given))
         )
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], length: int) -> None:
@@ -70,10 +77,10 @@ class Plain:
 
         config = getattr(importlib.import_module("transformers"), "ContinuousBatchingConfig")  # noqa: B009 - untyped
         given = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=self.tokenizer.eos_token_id)
-        out = self.model.generate_batch(
-            inputs=[list(prompt) for prompt in prompts],
-            generation_config=given,
-            continuous_batching_config=config(num_blocks=256, max_batch_tokens=512),
+        blocks = config(num_blocks=256, max_batch_tokens=512)
+        inputs = [list(prompt) for prompt in prompts]
+        out = apart(
+            lambda: self.model.generate_batch(inputs, generation_config=given, continuous_batching_config=blocks)
         )
         failed = [one.error for one in out.values() if one.error is not None]  # it raises nothing of its own
         if failed or len(out) != len(prompts):
