@@ -1,6 +1,7 @@
 """Matrices in blocks: the same products, nothing large held twice, and the plain product where blocks do not serve."""
 
-import logging
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from langchain_earlyexit.engines import matrices
 from langchain_earlyexit.engines.matrices import Matrix
 
 NOWHERE = torch.empty(1)
+OFF = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def projections(width, heights, dtype=torch.float32, bias=False):
@@ -35,7 +37,19 @@ def test_a_packed_matrix_multiplies_as_the_projections_did(dtype, width, heights
     assert matrix._blocks is not None
     for x, wanted in zip(rows, expected, strict=True):
         found = matrix.after(x).float()
-        assert (found - wanted).norm() <= matrices._OFF[dtype] * wanted.norm()
+        assert (found - wanted).norm() <= OFF[dtype] * wanted.norm()
+
+
+def test_products_are_computed_for_few_numbers_of_rows_and_at_most_a_quarter_more_than_asked():
+    served()
+    matrix = Matrix(*projections(40, (24,)))
+    assert matrix.padded(37) == 37  # as it is, any number will do
+    matrix.pack(NOWHERE)
+    padded = [matrix.padded(rows) for rows in range(1, 1025)]
+    assert all(rows <= more <= 1.25 * rows for rows, more in enumerate(padded, 1))
+    assert padded[:4] == [1, 2, 3, 4]
+    assert len(set(padded)) <= 40
+    assert [matrix.padded(more) for more in padded] == padded
 
 
 def test_rows_that_lie_apart_in_memory_are_multiplied_too():
@@ -65,29 +79,42 @@ def test_nothing_large_is_held_twice_but_the_embedding():
     assert torch.equal(embedding, before)
 
 
-def wrong(x, blocks, bias):
-    return torch.ones(len(x), 48)
-
-
-def refusing(x, blocks, bias):
-    raise RuntimeError("could not create a primitive")
-
-
-@pytest.mark.parametrize(("by_blocks", "told"), [(wrong, "off by"), (refusing, "could not create a primitive")])
-def test_a_matrix_whose_product_by_blocks_is_not_right_stays_as_it_is_and_the_log_says_so(
-    by_blocks, told, monkeypatch, caplog
-):
+@pytest.mark.parametrize("heights", [(400, 100), (1000,), (7, 5)])
+def test_what_was_packed_comes_back_number_by_number(heights):
     served()
-    (part,) = projections(64, (48,))
-    x = torch.randn(5, 64)
-    expected = part(x)
-    matrix = Matrix(part)
-    monkeypatch.setattr(matrices, "_by_blocks", by_blocks)
-    with caplog.at_level(logging.WARNING):
+    parts = projections(600, heights, bias=True)
+    before = [part.weight.clone() for part in parts]
+    matrix = Matrix(*parts)
+    matrix.pack(NOWHERE)
+    matrix.unpack()
+    assert all(torch.equal(part.weight, was) for part, was in zip(parts, before, strict=True))
+    x = torch.randn(5, 600)
+    assert torch.allclose(matrix.after(x), torch.cat([part(x) for part in parts], dim=-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40), (1, 0, 40), (0, 40)])
+def test_a_projection_may_have_any_leading_axes_and_no_rows_at_all(shape):
+    served()
+    model = nn.Sequential(*projections(40, (24,), bias=True))
+    x = torch.randn(shape)
+    expected = model(x)
+    for matrix in matrices.stand_ins(model):
         matrix.pack(NOWHERE)
-    assert told in caplog.text
-    assert torch.allclose(matrix.after(x), expected, atol=1e-5)
-    assert torch.allclose(part(x), expected, atol=1e-5)
+    found = model(x)
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_model_that_nobody_holds_is_gone_at_once_though_its_projections_were_replaced():
+    model = nn.Sequential(*projections(40, (24,)))
+    matrices.stand_ins(model)
+    gone = weakref.ref(model[0])
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("missing", ["the library", "an operation", "the type"])

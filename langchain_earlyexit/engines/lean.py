@@ -2,7 +2,7 @@
 
 Half the time of a small model's pass goes into module calls, projections that could be one, and rotary angles that
 are computed again and again. Here query, key and value are one matrix, gate and up are one, and the angles a table. The
-stock model keeps working, as its parameters become views of these matrices, until `Lean.pack` takes them away.
+stock model keeps working, as its parameters become views of these matrices, until these are packed.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class Lean:
                 return None
         return cls(model)
 
-    def pack(self) -> None:
-        """Lay the matrices out as this processor reads them best. The stock model cannot compute any more after that:
-        nothing large is held twice.
-        """
-        matrices = [m for layer in self._layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        for matrix in (*matrices, self._head):
-            matrix.pack(self._embedding)
+    @property
+    def matrices(self) -> list[Matrix]:
+        """All that it multiplies by. Once one is packed, the stock model cannot compute any more."""
+        return [
+            *(m for layer in self._layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)),
+            self._head,
+        ]
 
     def run(
         self, ids: Tensor, positions: Tensor, longest: int, last: Tensor | None, run: Pass, wanted: Collection[int]
@@ -108,25 +108,30 @@ class Lean:
         Returns:
             Logits [last, vocabulary], and the wanted outputs [1, N, width].
         """
+        count, heads, both, size = len(ids), self._heads, self._heads + self._kv, self._size
+        rows = self._head.padded(count)  # once for all products; attention is of the real ones
+        more = rows - count
+        if more:
+            ids, positions = functional.pad(ids, (0, more)), functional.pad(positions, (0, more))
         x = functional.embedding(ids, self._embedding)
         angles = self._angles_of(positions, longest)
         cos, sin = angles[:, :1], angles[:, 1:]
-        count, heads, both, size = len(ids), self._heads, self._heads + self._kv, self._size
         seen = {}
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv.after(self._normed(x, layer.first_norm)).view(count, both + self._kv, size)
+            qkv = layer.qkv.after(self._normed(x, layer.first_norm)).view(rows, both + self._kv, size)
             qk = qkv[:, :both]
             if layer.qk_norm is not None:
                 qk = self._normed(qk, layer.qk_norm)
             qk = torch.mul(qk, cos).addcmul_(qk.roll(size // 2, -1), sin)
-            found = run.attend(index, qk[:, :heads], qk[:, heads:], qkv[:, both:], self._scale, layer.window)
-            x = x + layer.out.after(found.reshape(count, -1))
+            real = qk[:count]
+            found = run.attend(index, real[:, :heads], real[:, heads:], qkv[:count, both:], self._scale, layer.window)
+            found = found.reshape(count, -1)
+            x = x + layer.out.after(functional.pad(found, (0, 0, 0, more)) if more else found)
             gate, up = layer.gate_up.after(self._normed(x, layer.second_norm)).chunk(2, dim=-1)
             x = x + layer.down.after(functional.silu(gate).mul_(up))
             if index in wanted:
-                seen[index] = x.unsqueeze(0)
-        if last is not None:
-            x = x[last]
+                seen[index] = x[:count].unsqueeze(0)
+        x = x[:count] if last is None else x[last]
         return self._head.after(self._normed(x, self._norm)), seen
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from langchain_earlyexit.engines.identity import identity
+from langchain_earlyexit.engines.matrices import stand_ins
 from langchain_earlyexit.engines.model import Model, Row
 from langchain_earlyexit.engines.packed import PackedModel
 from langchain_earlyexit.engines.pages import PAGE
@@ -121,8 +122,8 @@ def _load(settings: LocalSettings) -> tuple[ScheduledEngine, Model]:
     core, path = _choose(model)
     limit = settings.cache_bytes or _share_of_memory(model.device)
     weights = identity(model)  # before they are packed
+    _lay_out(core, model)
     if isinstance(core, PackedModel):
-        core.pack()
         core.bound(limit, reuse=settings.reuse_prompts)
     else:
         core.bound(limit)
@@ -151,6 +152,42 @@ def _threads_for(core: PackedModel) -> Threads | None:
             core.rewind(row.cache, 0)
 
     return timed(lambda: run(rows[:1]), lambda: run(rows))
+
+
+@torch.inference_mode()
+def _lay_out(core: PackedModel | SeparateModel, model: Any) -> None:
+    """Pack the weights, and undo it where that changes what the model says by more than rounding."""
+    if model.device.type != "cpu":
+        return
+    lean = core.matrices if isinstance(core, PackedModel) else None
+    matrices = stand_ins(model) if lean is None else lean
+    size = int(model.config.get_text_config().vocab_size)
+
+    def said() -> NDArray[np.float32]:
+        rows = [Row(core.new(), [(7 * i) % size for i in range(1, 1 + n)]) for n in (1, 3)]
+        found = core.forward(rows)
+        return found - np.logaddexp.reduce(found, axis=-1, keepdims=True)
+
+    before = said()
+    try:
+        for matrix in matrices:
+            matrix.pack(model.get_input_embeddings().weight)
+        off = float(np.sqrt(np.mean(np.square(said() - before, dtype=np.float64))))
+        reason = None if off <= _tolerance(model, before) else f"log-probabilities change by {off:.2g}"
+    except Exception as error:  # noqa: BLE001 - whatever it is, the weights serve as they were
+        _log.warning("packing the weights failed on %s", type(model).__name__, exc_info=True)
+        reason = f"it failed ({type(error).__name__}: {error})"
+    if reason is not None:
+        for matrix in matrices:
+            matrix.unpack()
+        _log.warning("the weights of %s stay as they were: %s", type(model).__name__, reason)
+
+
+def _tolerance(model: Any, expected: Sequence[NDArray[np.float32]] | NDArray[np.float32]) -> float:
+    """How far log-probabilities may be off: root mean square."""
+    if model.dtype == torch.float32:
+        return _TOLERANCE
+    return max(_TOLERANCE, _HALF_TOLERANCE * float(np.mean([row.std() for row in expected])))
 
 
 def _load_model(where: str, settings: LocalSettings, options: dict[str, Any]) -> Any:
@@ -239,13 +276,12 @@ def _choose(model: Any) -> tuple[PackedModel | SeparateModel, str]:
             if model.dtype == torch.float32 and not rounding <= _TOLERANCE:
                 one_by_one = True
                 reason = reason or f"its cache is off by {rounding:.2g} when it goes on by several tokens"
-            tolerance = _TOLERANCE
+            tolerance = _tolerance(model, expected)
             if model.dtype != torch.float32:
-                spread = float(np.mean([row.std() for row in expected]))
-                tolerance = max(tolerance, 3 * rounding, _HALF_TOLERANCE * spread)
                 # A state that starts anew shows in the few rows that go on by several tokens, and a median hides them.
                 # (A token that is sent to another expert looks the same, and is only fed more slowly for it.)
-                one_by_one = not max(_gaps(work, expected)) <= max(_TOLERANCE, _HALF_TOLERANCE * spread)
+                one_by_one = not max(_gaps(work, expected)) <= tolerance
+                tolerance = max(tolerance, 3 * rounding)
             for lean in (True, False) if reason is None else ():
                 try:
                     packed = PackedModel(model, lean=lean)

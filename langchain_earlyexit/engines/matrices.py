@@ -6,13 +6,13 @@ with PyTorch, reads blocks that were laid out once.
 
 from __future__ import annotations
 
-import logging
-from typing import Any, Final
+import weakref
+from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-_log = logging.getLogger(__name__)
+from torch.nn import functional
 
 _ALIAS, _PAD = 4096, 16
 """Rows so many bytes apart fall into the same places of a processor's cache: these get so many numbers more."""
@@ -22,9 +22,6 @@ _SMALL = 1 << 20
 
 _ROWS = 16
 """Rows that blocks are laid out for. They are as quick for other numbers; those laid out for one row are not."""
-
-_OFF: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""How far a product by blocks may be from the plain one, as a share of it. A wrong one is off by about its whole."""
 
 _OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
 """What PyTorch's own compiler uses of oneDNN for frozen weights. They are not documented, so that they may be gone."""
@@ -41,7 +38,7 @@ class Matrix:
         parts: projections with the same input.
     """
 
-    __slots__ = ("_bias", "_blocks", "_dense", "_parts", "_rows")
+    __slots__ = ("_bias", "_blocks", "_dense", "_parts", "_rows", "_width")
 
     def __init__(self, *parts: nn.Linear) -> None:
         with torch.no_grad():
@@ -59,16 +56,33 @@ class Matrix:
                 if bias is not None:
                     part.bias.data = bias[start:end]
                 start = end
-        self._parts = parts
+        # Weakly: a projection may hold what multiplies in its place.
+        self._width = matrix.shape[1]
+        self._parts = [weakref.ref(part) for part in parts]
         self._bias = bias
         self._dense: Tensor | None = matrix
         self._blocks: Tensor | None = None
         self._rows = 0  # from how many on the blocks are used
 
+    def padded(self, rows: int) -> int:
+        """How many rows a product of so many is computed with.
+
+        oneDNN compiles 0.6 MB of code for every matrix and number of rows that it meets, in half a millisecond, and
+        keeps a thousand of them. So numbers are rounded up, by at most a quarter.
+        """
+        if self._blocks is None:
+            return rows
+        step = max(1, 1 << (rows.bit_length() - 3)) if rows > 4 else 1
+        return -(-rows // step) * step
+
     def after(self, x: Tensor) -> Tensor:
         """`x` [rows, in] to [rows, out]."""
-        if self._blocks is not None and len(x) >= self._rows:
-            return _by_blocks(x, self._blocks, self._bias)
+        rows = len(x)
+        if self._blocks is not None and rows >= self._rows:
+            more = self.padded(rows) - rows
+            given = functional.pad(x, (0, 0, 0, more)) if more else x
+            found: Tensor = torch.ops.mkldnn._linear_pointwise.default(given, self._blocks, self._bias, "none", [], "")
+            return found[:rows] if more else found
         dense: Any = self._dense
         return torch.mm(x, dense) if self._bias is None else torch.addmm(self._bias, x, dense)
 
@@ -81,28 +95,48 @@ class Matrix:
         dense: Any = self._dense
         if not _has_blocks(dense):
             return
-        try:
-            blocks = torch.ops.mkldnn._reorder_linear_weight(dense.t().contiguous(), _ROWS)
-            some = torch.linspace(-1, 1, 3 * len(dense)).view(3, -1).sin().to(dense.dtype)
-            plain = torch.mm(some, dense).float()
-            off = (_by_blocks(some, blocks, None).float() - plain).norm() / plain.norm().clamp(min=1e-30)
-        except RuntimeError:
-            _log.warning("a matrix %s stays as it is", list(dense.shape), exc_info=True)
-            return
-        if not off <= _OFF[dense.dtype]:
-            _log.warning("a matrix %s stays as it is: by blocks its product is off by %.2g", list(dense.shape), off)
-            return
-        self._blocks = blocks
+        self._blocks = torch.ops.mkldnn._reorder_linear_weight(dense.t().contiguous(), _ROWS)
         if dense.data_ptr() == embedding.data_ptr() or dense.numel() * dense.element_size() <= _SMALL:
             self._rows = 2 if dense.dtype == torch.float32 else 1
             return
         self._dense = None
         for part in self._parts:
-            part.weight.data = dense.new_empty(0)
+            if (module := part()) is not None:
+                module.weight.data = dense.new_empty(0)
+
+    def unpack(self) -> None:
+        """As it was before `pack`, number by number."""
+        if self._blocks is not None and self._dense is None:
+            self._dense = self._blocks.to_dense().t()
+            start = 0
+            for part in self._parts:
+                if (module := part()) is not None:
+                    module.weight.data = self._dense[:, start : start + module.out_features].t()
+                    start += module.out_features
+        self._blocks = None
+
+    def _instead(self, x: Tensor) -> Tensor:
+        """As a projection's forward pass: `x` [..., in] to [..., out]."""
+        out = (*x.shape[:-1], self._width)
+        return self.after(x.reshape(-1, x.shape[-1])).view(out) if x.numel() else x.new_empty(out)
 
 
-def _by_blocks(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, blocks, bias, "none", [], "")
+def stand_ins(model: nn.Module) -> list[Matrix]:
+    """A matrix for each plain projection of a stock model, which from now on multiplies by it.
+
+    Projections with hooks, or with a forward pass of their own, are left alone; so are weights that others hold too,
+    but for the embedding.
+    """
+    owners = Counter(parameter.data_ptr() for parameter in model.parameters(recurse=True))
+    found = []
+    for module in model.modules():
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
+        if type(module) is not nn.Linear or hooked or "forward" in vars(module):
+            continue
+        if owners[module.weight.data_ptr()] == 1 and _has_blocks(module.weight):
+            matrix = Matrix(module)
+            module.forward = matrix._instead  # type: ignore[method-assign, assignment]
+            found.append(matrix)
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from langchain_earlyexit.engines.attention import Kept, Pass, Span
 from langchain_earlyexit.engines.lean import Lean
+from langchain_earlyexit.engines.matrices import Matrix
 from langchain_earlyexit.engines.memory import Memory
 from langchain_earlyexit.engines.model import Model, Row
 from langchain_earlyexit.engines.pages import PAGE, Book, Table
@@ -128,11 +129,10 @@ class PackedModel(Model):
         """Whether the lean form of the forward pass is used."""
         return self._lean is not None
 
-    @torch.inference_mode()
-    def pack(self) -> None:
-        """Lay the weights out for this processor, where the lean form is used. Nothing else can read them then."""
-        if self._lean is not None:
-            self._lean.pack()
+    @property
+    def matrices(self) -> list[Matrix] | None:
+        """What the lean form multiplies by; None where it is not used."""
+        return None if self._lean is None else self._lean.matrices
 
     # --- caches -----------------------------------------------------------------------------------------------------
 
