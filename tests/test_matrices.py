@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -45,8 +46,8 @@ def test_products_are_computed_for_few_numbers_of_rows_and_at_most_a_quarter_mor
     matrix = Matrix(*projections(40, (24,)))
     assert matrix.padded(37) == 37  # as it is, any number will do
     matrix.pack(NOWHERE)
-    padded = [matrix.padded(rows) for rows in range(1, 1025)]
-    assert all(rows <= more <= 1.25 * rows for rows, more in enumerate(padded, 1))
+    padded = [matrix.padded(rows) for rows in range(1, 641)]  # prompts come in 512 tokens, beside rows that decode
+    assert all(rows <= more < min(1.25 * rows, rows + 32) + 0.1 for rows, more in enumerate(padded, 1))
     assert padded[:4] == [1, 2, 3, 4]
     assert len(set(padded)) <= 40
     assert [matrix.padded(more) for more in padded] == padded
@@ -98,7 +99,7 @@ def test_a_projection_may_have_any_leading_axes_and_no_rows_at_all(shape):
     model = nn.Sequential(*projections(40, (24,), bias=True))
     x = torch.randn(shape)
     expected = model(x)
-    for matrix in matrices.stand_ins(model):
+    for matrix in matrices.stand_ins(model, NOWHERE, lambda: model(x)):
         matrix.pack(NOWHERE)
     found = model(x)
     assert found.shape == expected.shape
@@ -107,7 +108,7 @@ def test_a_projection_may_have_any_leading_axes_and_no_rows_at_all(shape):
 
 def test_a_model_that_nobody_holds_is_gone_at_once_though_its_projections_were_replaced():
     model = nn.Sequential(*projections(40, (24,)))
-    matrices.stand_ins(model)
+    assert matrices.stand_ins(model, NOWHERE, partial(model, torch.ones(1, 40)))
     gone = weakref.ref(model[0])
     gc.disable()
     try:
@@ -117,7 +118,43 @@ def test_a_model_that_nobody_holds_is_gone_at_once_though_its_projections_were_r
         gc.enable()
 
 
-@pytest.mark.parametrize("missing", ["the library", "an operation", "the type"])
+def test_what_does_not_come_back_from_its_blocks_is_not_given_up(monkeypatch):
+    served()
+    (part,) = projections(600, (700,))
+    before = part.weight.clone()
+    matrix = Matrix(part)
+    monkeypatch.setattr(torch, "equal", lambda *a: False)
+    with pytest.raises(RuntimeError, match=r"\[600, 700\] do not hold its numbers"):
+        matrix.pack(NOWHERE)
+    monkeypatch.undo()
+    assert torch.equal(part.weight, before)
+
+
+class Reading(nn.Module):
+    """Two of its projections share a weight, and of another it reads the weight alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.one, self.same, self.read = projections(40, (40, 40, 40, 40))
+        self.same.weight = self.one.weight
+
+    def forward(self, x):
+        return self.same(self.one(self.plain(x))) @ self.read.weight
+
+
+def test_weights_that_are_shared_or_read_past_their_projection_are_left_alone():
+    served()
+    model, x = Reading(), torch.randn(3, 40)
+    expected = model(x)
+    found = matrices.stand_ins(model, NOWHERE, lambda: model(x))
+    for matrix in found:
+        matrix.pack(NOWHERE)
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["plain"]
+    assert len(found) == 1
+    assert torch.allclose(model(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("missing", ["the library", "its switch", "an operation", "the type"])
 def test_where_there_are_no_blocks_nothing_changes(missing, monkeypatch):
     dtype = torch.float64 if missing == "the type" else torch.float32
     (part,) = projections(64, (48,), dtype)
@@ -125,6 +162,8 @@ def test_where_there_are_no_blocks_nothing_changes(missing, monkeypatch):
     expected = part(x)
     if missing == "the library":
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    elif missing == "its switch":
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     elif missing == "an operation":
         monkeypatch.setattr(matrices, "_OPERATIONS", ("_reorder_linear_weight", "_no_such_operation"))
     matrix = Matrix(part)

@@ -1,6 +1,7 @@
 """Which families run packed, and that both paths compute what the plain model computes."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from langchain_earlyexit.engines.lean import Lean
 from langchain_earlyexit.engines.matrices import Matrix
 from langchain_earlyexit.engines.model import Row
 from langchain_earlyexit.engines.packed import PackedModel
+from langchain_earlyexit.engines.pages import PAGE
 from langchain_earlyexit.engines.separate import SeparateModel
+from langchain_earlyexit.pocket import weights_dir
 
 SMALL = {
     "vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -163,10 +166,18 @@ def laid_out(model):
     return [module for module in model.modules() if type(module) is torch.nn.Linear and "forward" in vars(module)]
 
 
+def served(dtype):
+    if not matrices._has_blocks(torch.empty(2, 2, dtype=dtype)):
+        pytest.skip(f"this processor multiplies {dtype} by no blocks")
+
+
+@pytest.mark.parametrize("small", [0, matrices._SMALL])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", [*PACKABLE, *RECURRENT])
-def test_weights_laid_out_for_the_processor_compute_the_same(family, dtype, tied, caplog):
+def test_weights_laid_out_for_the_processor_compute_the_same(family, dtype, tied, small, caplog, monkeypatch):
+    served(dtype)
+    monkeypatch.setattr(matrices, "_SMALL", small)
     options = {"attention_bias": True, "mlp_bias": True, "hidden_size": 640, "tie_word_embeddings": tied}
     given = (PACKABLE | RECURRENT)[family]
     if family == "Mamba2":
@@ -180,11 +191,15 @@ def test_weights_laid_out_for_the_processor_compute_the_same(family, dtype, tied
     assert off_by(core, plain, over) <= max(1e-3, 1.5 * before)
     if not getattr(core, "lean", False):
         assert laid_out(model)
+    emptied = [m for m in model.modules() if type(m) is torch.nn.Linear and not m.weight.numel()]
+    assert bool(emptied) == (small == 0)
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma2"])
 @pytest.mark.parametrize("count", [1, 2, 5, 9, 11, 17, 23, 33, 70])
-def test_a_pass_of_any_number_of_rows_says_the_same_and_keeps_the_same_states(family, count):
+def test_a_pass_of_any_number_of_rows_says_the_same_and_keeps_the_same_states(family, count, monkeypatch):
+    served(torch.float32)
+    monkeypatch.setattr(matrices, "_SMALL", 0)
     cores = [local._choose(tiny(family, PACKABLE[family] | {"hidden_size": 640}))[0] for _ in range(2)]
     local._lay_out(cores[1], cores[1]._model)
     said, states = [], []
@@ -199,6 +214,31 @@ def test_a_pass_of_any_number_of_rows_says_the_same_and_keeps_the_same_states(fa
         assert packed.shape == plain.shape
         assert np.abs(packed - plain).max() < 1e-3
     assert all(np.abs(a - b).max() < 1e-3 for a, b in zip(*states, strict=True))
+
+
+def test_a_model_whose_pages_are_large_loads_within_little_memory(tmp_path):
+    # What is timed at loading takes more pages than it may hold later.
+    shape = {
+        "vocab_size": 1312,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 512,
+    }
+    model = tiny("Llama", shape)
+    model.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(weights_dir() / file, tmp_path)
+    page = 8 * 2 * 8 * 512 * 4 * PAGE
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # else nothing is timed
+    try:
+        engine = local.load(local.LocalSettings(str(tmp_path), cache_bytes=3 * page))
+    finally:
+        torch.set_num_threads(threads)
+    assert engine._model.threads is not None
+    assert engine._model.left() == 3 * page
+    engine.close()
 
 
 def refusing(matrix, embedding):
@@ -225,6 +265,7 @@ _pack = Matrix.pack
 def test_weights_that_cannot_be_laid_out_stay_as_they_were_and_the_log_says_why(
     family, pack, told, monkeypatch, caplog
 ):
+    served(torch.float32)
     options = (PACKABLE | RECURRENT)[family] | {"hidden_size": 64}
     model, plain = (tiny(family, options) for _ in range(2))
     core, _ = local._choose(model)
@@ -243,7 +284,8 @@ def test_projections_that_others_changed_are_left_alone():
     patched.forward = lambda x: x.new_ones(*x.shape[:-1], patched.out_features)
     other.weight.data = shared.weight.data
     changed = patched.forward
-    matrices.stand_ins(model)
+    given = torch.tensor([[3, 4]])
+    matrices.stand_ins(model, model.get_input_embeddings().weight, lambda: model(given))
     kept = [hooked, shared, other]
     assert all("forward" not in vars(one) for one in kept)
     assert patched.forward is changed

@@ -1,5 +1,7 @@
 """How many threads a pass computes with: what is quicker where it runs, and nobody else's number changes."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -77,6 +79,22 @@ def test_what_runs_apart_has_ended_with_its_thread_and_its_error_is_the_callers(
     with pytest.raises(ZeroDivisionError):
         apart(lambda: 1 / 0)
     assert threading.active_count() == before
+
+
+def test_an_interruption_reaches_what_runs_apart():
+    ended = threading.Event()
+
+    def work():
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        apart(work)
+    assert ended.is_set()
 
 
 def test_loading_leaves_no_team_of_threads_to_whoever_loads():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ _SMALL = 1 << 20
 
 _ROWS = 16
 """Rows that blocks are laid out for. They are as quick for other numbers; those laid out for one row are not."""
+
+_STEP = 32
+"""Most by which numbers of rows differ: prompts come in passes of some hundreds."""
 
 _OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
 """What PyTorch's own compiler uses of oneDNN for frozen weights. They are not documented, so that they may be gone."""
@@ -44,35 +48,37 @@ class Matrix:
         with torch.no_grad():
             weight = parts[0].weight.data if len(parts) == 1 else torch.cat([part.weight for part in parts])
             bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-            matrix = weight.t()
-            if weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.shape[0] >= weight.shape[1]:
-                width = weight.shape[0]
-                padded = width + _PAD if width * weight.element_size() % _ALIAS == 0 else width
-                matrix = weight.new_empty(weight.shape[1], padded)[:, :width].copy_(matrix)
-            start = 0
-            for part in parts:
-                end = start + part.out_features
-                part.weight.data = matrix[:, start:end].t()
-                if bias is not None:
-                    part.bias.data = bias[start:end]
-                start = end
+            if bias is not None:
+                owns = torch.split(bias, [part.out_features for part in parts])
+                for part, own in zip(parts, owns, strict=True):
+                    part.bias.data = own
+        self._width = len(weight)
         # Weakly: a projection may hold what multiplies in its place.
-        self._width = matrix.shape[1]
         self._parts = [weakref.ref(part) for part in parts]
         self._bias = bias
-        self._dense: Tensor | None = matrix
+        self._dense: Tensor | None = _laid_out(weight)
+        self._share()
         self._blocks: Tensor | None = None
         self._rows = 0  # from how many on the blocks are used
+
+    def _share(self) -> None:
+        """Let the projections' weights be views of the matrix."""
+        dense: Any = self._dense
+        start = 0
+        for part in self._parts:
+            if (module := part()) is not None:
+                module.weight.data = dense[:, start : start + module.out_features].t()
+                start += module.out_features
 
     def padded(self, rows: int) -> int:
         """How many rows a product of so many is computed with.
 
         oneDNN compiles 0.6 MB of code for every matrix and number of rows that it meets, in half a millisecond, and
-        keeps a thousand of them. So numbers are rounded up, by at most a quarter.
+        keeps a thousand of them. So numbers are rounded up: by at most a quarter, and by less than 32.
         """
         if self._blocks is None:
             return rows
-        step = max(1, 1 << (rows.bit_length() - 3)) if rows > 4 else 1
+        step = min(_STEP, max(1, 1 << (rows.bit_length() - 3))) if rows > 4 else 1
         return -(-rows // step) * step
 
     def after(self, x: Tensor) -> Tensor:
@@ -91,11 +97,17 @@ class Matrix:
 
         What was there goes, and with it the projections' own weights. It stays beside the blocks if it is small, or is
         the `embedding`, which is read by rows; then a single row is still multiplied by it where that is quicker.
+
+        Raises:
+            RuntimeError: oneDNN does not take the matrix, or does not hold what it was given.
         """
         dense: Any = self._dense
         if not _has_blocks(dense):
             return
-        self._blocks = torch.ops.mkldnn._reorder_linear_weight(dense.t().contiguous(), _ROWS)
+        blocks = torch.ops.mkldnn._reorder_linear_weight(dense.t().contiguous(), _ROWS)
+        if not torch.equal(blocks.to_dense(), dense.t()):  # what was there can be had back from it
+            raise RuntimeError(f"blocks of a matrix {list(dense.shape)} do not hold its numbers")
+        self._blocks = blocks
         if dense.data_ptr() == embedding.data_ptr() or dense.numel() * dense.element_size() <= _SMALL:
             self._rows = 2 if dense.dtype == torch.float32 else 1
             return
@@ -107,12 +119,8 @@ class Matrix:
     def unpack(self) -> None:
         """As it was before `pack`, number by number."""
         if self._blocks is not None and self._dense is None:
-            self._dense = self._blocks.to_dense().t()
-            start = 0
-            for part in self._parts:
-                if (module := part()) is not None:
-                    module.weight.data = self._dense[:, start : start + module.out_features].t()
-                    start += module.out_features
+            self._dense = _laid_out(self._blocks.to_dense())
+            self._share()
         self._blocks = None
 
     def _instead(self, x: Tensor) -> Tensor:
@@ -121,17 +129,35 @@ class Matrix:
         return self.after(x.reshape(-1, x.shape[-1])).view(out) if x.numel() else x.new_empty(out)
 
 
-def stand_ins(model: nn.Module) -> list[Matrix]:
+def _laid_out(weight: Tensor) -> Tensor:
+    """A matrix [in, out] of a weight [out, in], a view of it where that is as good."""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[0] < weight.shape[1]:
+        return weight.t()
+    width = weight.shape[0]
+    padded = width + _PAD if width * weight.element_size() % _ALIAS == 0 else width
+    return weight.new_empty(weight.shape[1], padded)[:, :width].copy_(weight.t())
+
+
+def stand_ins(model: nn.Module, embedding: Tensor, run: Callable[[], object]) -> list[Matrix]:
     """A matrix for each plain projection of a stock model, which from now on multiplies by it.
 
     Projections with hooks, or with a forward pass of their own, are left alone; so are weights that others hold too,
-    but for the embedding.
+    but for the `embedding`, and those that `run` computes without: their weights may be read past the projection.
     """
-    owners = Counter(parameter.data_ptr() for parameter in model.parameters(recurse=True))
+    owners = Counter(parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False))
+    owners[embedding.data_ptr()] -= 1
+    called = set[nn.Module]()
+    plain = [module for module in model.modules() if type(module) is nn.Linear]
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in plain]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
     found = []
-    for module in model.modules():
+    for module in plain:
         hooked = bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
-        if type(module) is not nn.Linear or hooked or "forward" in vars(module):
+        if module not in called or hooked or "forward" in vars(module):
             continue
         if owners[module.weight.data_ptr()] == 1 and _has_blocks(module.weight):
             matrix = Matrix(module)
@@ -143,7 +169,8 @@ def stand_ins(model: nn.Module) -> list[Matrix]:
 def _has_blocks(matrix: Tensor) -> bool:
     """Whether this PyTorch and this processor multiply such a matrix by blocks."""
     ops: Any = torch.ops.mkldnn
-    if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    library: Any = torch.backends.mkldnn
+    if matrix.device.type != "cpu" or not library.is_available() or not library.enabled:
         return False
     if not all(hasattr(ops, name) for name in _OPERATIONS):
         return False

@@ -8,6 +8,7 @@ one row and one of many are timed once, in a thread as the engine's own.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,12 @@ _LARGE = 0.05
 """Seconds of a pass from which on threads pay, and timing would not."""
 
 _ROUNDS = 3
+
+_LOOK, _PATIENCE = 1.0, 5.0
+"""Seconds between looks for an interruption, and that an interrupted thread gets to end."""
+
+_setting = threading.Lock()
+"""Held while the number that threads to come get is another than it should be."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,14 @@ def timed(few: Callable[[], object], many: Callable[[], object]) -> Threads | No
         few: a pass of one row.
         many: a pass of more than `FEW`.
     """
-    every = torch.get_num_threads()
-    if every == 1:
-        return None
-    try:
-        return apart(lambda: Threads(_best(few, every), _best(many, every)))
-    finally:
-        torch.set_num_threads(every)  # what threads that are yet to begin get
+    with _setting:
+        every = torch.get_num_threads()
+        if every == 1:
+            return None
+        try:
+            return apart(lambda: Threads(_best(few, every), _best(many, every)))
+        finally:
+            torch.set_num_threads(every)  # what threads that are yet to begin get
 
 
 def _best(run: Callable[[], object], every: int) -> int:
@@ -87,25 +95,36 @@ def _set(count: int) -> None:
     """
     if torch.get_num_threads() == count:
         return
-    others = apart(torch.get_num_threads)
-    torch.set_num_threads(count)
-    apart(lambda: torch.set_num_threads(others))
+    with _setting:
+        others = apart(torch.get_num_threads)
+        torch.set_num_threads(count)
+        apart(lambda: torch.set_num_threads(others))
 
 
 def apart(run: Callable[[], T]) -> T:
     """`run` in a new thread that has ended, and its team with it, when this returns.
 
-    Whoever is interrupted while waiting (Ctrl-C) waits no longer; nobody reads what comes then.
+    What interrupts the caller (Ctrl-C) is raised in that thread, which gets some seconds to end.
     """
-    future: Future[T] = Future()
+    future, over = Future[T](), threading.Event()
 
     def work() -> None:
         try:
             future.set_result(run())
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             future.set_exception(error)
+        finally:
+            over.set()
 
     thread = threading.Thread(target=work, name="earlyexit-apart", daemon=True)
     thread.start()
+    try:
+        while not over.wait(_LOOK):  # without a time, nothing interrupts it on Windows
+            pass
+    except BaseException as stop:
+        told = ctypes.py_object(type(stop))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), told)
+        over.wait(_PATIENCE)  # not `join`: Python 3.11 takes a thread for ended once that was interrupted
+        raise
     thread.join()
     return future.result()
