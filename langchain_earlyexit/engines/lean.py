@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from langchain_earlyexit.engines.attention import Pass
-from langchain_earlyexit.engines.matrices import Matrix
+from langchain_earlyexit.engines.matrices import Matrix, is_changed
 
 _KINDS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 _FIRST_ANGLES = 1024
@@ -71,10 +71,8 @@ class Lean:
         if len({(p.device, p.dtype) for p in parameters}) != 1 or parameters[0].device.type == "meta":
             return None
         for module in model.modules():
-            hooks = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-            patched = "forward" in vars(module)
             adapted = isinstance(module, nn.Linear | nn.Embedding) and type(module) not in {nn.Linear, nn.Embedding}
-            if hooks or patched or adapted:
+            if adapted or is_changed(module):
                 return None
         projections = ("q_proj", "k_proj", "v_proj", "o_proj")
         for layer in model.model.layers:

@@ -168,31 +168,31 @@ def _lay_out(core: PackedModel | SeparateModel, model: Any) -> None:
         return
     size = int(model.config.get_text_config().vocab_size)
 
-    def said() -> list[NDArray[np.float32]]:
+    def said() -> Work:
         one, two = core.new(), core.new()
-        found = []
+        found: Work = []
         # Several rows and one, tokens onto nothing and onto a cache, numbers of tokens that are rounded up.
         for work in ([(one, 1), (two, 10)], [(one, 1)], [(two, 2), (one, 1)], [(two, 1)]):
-            rows = [Row(cache, [(7 * i) % size for i in range(1, 1 + n)]) for cache, n in work]
-            found += [row - np.logaddexp.reduce(row) for row in core.forward(rows)]
+            rows = [Row(cache, tuple((7 * i) % size for i in range(1, 1 + n))) for cache, n in work]
+            logits = core.forward(rows)
+            found += [(tuple(row.ids), x - np.logaddexp.reduce(x)) for row, x in zip(rows, logits, strict=True)]
         return found
 
-    before = said()
+    before = [row for _, row in said()]
     lean = core.matrices if isinstance(core, PackedModel) else None
     matrices = stand_ins(model, model.get_input_embeddings().weight, said) if lean is None else lean
     try:
         for matrix in matrices:
             matrix.pack(model.get_input_embeddings().weight)
-        gaps = [float(np.sqrt(np.mean(np.square(a - b)))) for a, b in zip(said(), before, strict=True)]
-        off = max(gaps) if model.dtype == torch.float32 else float(np.median(gaps))  # as in `_gap`
-        reason = None if off <= _tolerance(model, before) else f"log-probabilities change by {off:.2g}"
+        off = _gap(model, said(), before)
+        if off <= _tolerance(model, before):
+            return
+        reason, failure = f"log-probabilities change by {off:.2g}", None
     except Exception as error:  # noqa: BLE001 - whatever it is, the weights serve as they were
-        _log.warning("packing the weights failed on %s", type(model).__name__, exc_info=True)
-        reason = f"it failed ({type(error).__name__}: {error})"
-    if reason is not None:
-        for matrix in matrices:
-            matrix.unpack()
-        _log.warning("the weights of %s stay as they were: %s", type(model).__name__, reason)
+        reason, failure = "they cannot be laid out anew", error
+    for matrix in matrices:
+        matrix.unpack()
+    _log.warning("the weights of %s stay as they were: %s", type(model).__name__, reason, exc_info=failure)
 
 
 def _tolerance(model: Any, expected: Sequence[NDArray[np.float32]]) -> float:

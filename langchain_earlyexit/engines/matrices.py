@@ -156,14 +156,19 @@ def stand_ins(model: nn.Module, embedding: Tensor, run: Callable[[], object]) ->
             hook.remove()
     found = []
     for module in plain:
-        hooked = bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
-        if module not in called or hooked or "forward" in vars(module):
+        if module not in called or is_changed(module):
             continue
         if owners[module.weight.data_ptr()] == 1 and _has_blocks(module.weight):
             matrix = Matrix(module)
             module.forward = matrix._instead  # type: ignore[method-assign, assignment]
             found.append(matrix)
     return found
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a module does other than its class says: it has hooks, or a forward pass of its own."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    return bool(hooked) or "forward" in vars(module)
 
 
 def _has_blocks(matrix: Tensor) -> bool:
